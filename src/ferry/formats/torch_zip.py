@@ -19,6 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ class ZipPlan:
         """Return where in the file the storage `key` begins."""
         return self.base + self._by_name[self.payload_keys[key]].data_offset
 
-    @property
+    @cached_property
     def _by_name(self) -> dict[str, Member]:
         return {member.name: member for member in self.members}
 
