@@ -113,18 +113,30 @@ def padded_vocabulary(vocab_size: int, divisible_by: int, tp: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def side_by_side(locals_: Sequence[Local], *, transpose: bool) -> Local:
-    """Return stored tensors put beside each other in one (grouped GEMM): along columns if transposed, else rows."""
+def transposed(local: Local) -> Local:
+    """Return a stored tensor with rows and columns exchanged (grouped GEMM keeps weights as [in, out])."""
+    pieces = [
+        piece._replace(at_row=piece.at_col, at_col=piece.at_row, transposed=not piece.transposed)
+        for piece in local.pieces
+    ]
+    return Local(local.cols, local.rows, 2, tuple(pieces))
+
+
+def below_each_other(locals_: Sequence[Local]) -> Local:
+    """Return stored tensors of equal width put into one, rows after rows."""
     pieces: list[Piece] = []
-    rows = cols = 0
+    rows = 0
     for local in locals_:
-        for piece in local.pieces:
-            if transpose:
-                place = {"at_row": piece.at_col, "at_col": cols + piece.at_row, "transposed": True}
-            else:
-                place = {"at_row": rows + piece.at_row}
-            pieces.append(piece._replace(**place))
-        rows, cols = rows + local.rows, cols + local.rows
-    if transpose:
-        return Local(locals_[0].cols, cols, 2, tuple(pieces))
+        pieces += [piece._replace(at_row=rows + piece.at_row) for piece in local.pieces]
+        rows += local.rows
     return Local(rows, locals_[0].cols, 2, tuple(pieces))
+
+
+def beside_each_other(locals_: Sequence[Local]) -> Local:
+    """Return stored tensors of equal height put into one, columns after columns."""
+    pieces: list[Piece] = []
+    cols = 0
+    for local in locals_:
+        pieces += [piece._replace(at_col=cols + piece.at_col) for piece in local.pieces]
+        cols += local.cols
+    return Local(locals_[0].rows, cols, 2, tuple(pieces))

@@ -1,0 +1,12 @@
+"""Qwen3: Llama's names with a norm on each query and key head. Source: transformers `Qwen3ForCausalLM`."""
+
+from ferry.core import family as f
+from ferry.families.llama import QK_NORM, WEIGHTS
+
+FAMILY = f.Family(
+    name="qwen3",
+    models=("qwen3",),
+    model_types=("qwen3",),
+    weights=WEIGHTS | QK_NORM,
+    megatron={"qk_layernorm": True},
+)
