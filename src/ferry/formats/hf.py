@@ -1,0 +1,293 @@
+"""Hugging Face model directories: safetensors (single or sharded with an index), or torch `.bin` files for reading.
+
+Opening reads headers only and accounts for every tensor: each must be a canonical tensor of the family, a copy that a
+tied model may keep, or a tensor the family carries along. Writing restores the original files byte for byte where their
+headers are known, else it makes shards of a given size with an index, as transformers does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from ferry.core.carry import Spec, TargetFile
+from ferry.core.dtypes import num_bytes
+from ferry.core.errors import InputError
+from ferry.core.family import EMBEDDING, HEAD, Model
+from ferry.core.layout import Part, Slot, whole
+from ferry.core.safetensors import Header, make_header, parse_header, read_header
+from ferry.families.registry import model_of, read_config
+from ferry.formats.checkpoint import Assets, Checkpoint, Envelope
+from ferry.formats.pickles import TensorRef
+from ferry.formats.torch_zip import open_torch
+
+INDEX = "model.safetensors.index.json"
+BIN_INDEX = "pytorch_model.bin.index.json"
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
+PT_METADATA = {"format": "pt"}
+
+
+class Found(NamedTuple):
+    """A tensor as it lies in a weight file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class _Weights(NamedTuple):
+    found: dict[str, Found]
+    envelopes: list[Envelope]
+    frames: dict[str, bytes]
+
+
+def is_hf(directory: Path) -> bool:
+    """Say whether a directory looks like a Hugging Face model."""
+    return (directory / "config.json").is_file()
+
+
+def open_hf(directory: Path) -> Checkpoint:
+    """Open a model directory; raise InputError naming every tensor that is missing, extra or of another shape."""
+    model = model_of(read_config(directory / "config.json"), str(directory / "config.json"))
+    weights = _find_weights(directory)
+    slots, extra = _account(model, weights.found, directory)
+    carried = {
+        name: (item.dtype, item.shape, _read_bytes(item)) for name, item in weights.found.items() if name in extra
+    }
+    return Checkpoint(
+        directory=directory,
+        format="hf",
+        model=model,
+        slots=tuple(slots),
+        envelopes=tuple(weights.envelopes),
+        assets=find_assets(directory),
+        layout={"files": sorted(item.path.name for item in weights.envelopes)},
+        frames=weights.frames,
+        carried=carried,
+    )
+
+
+def find_assets(directory: Path) -> Assets:
+    """Return every file of a model directory that is neither weights nor Ferry's own."""
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        hidden = any(part.startswith(".") for part in Path(name).parts)
+        if path.is_file() and not hidden and not is_weight_file(name) and name != "ferry.json":
+            files[name] = path
+    return Assets(files)
+
+
+def is_weight_file(name: str) -> bool:
+    """Say whether a file name is one of weights. The safetensors index is not: it returns with the original files."""
+    return name.endswith((*WEIGHT_ENDINGS, ".bin.index.json"))
+
+
+def missing_assets(assets: Assets) -> list[str]:
+    """Name what a model directory needs to be used at once and does not have."""
+    lacking = [name for name in ("generation_config.json", "tokenizer_config.json") if name not in assets.files]
+    if not any(Path(name).match(pattern) for name in assets.files for pattern in TOKENIZER_FILES):
+        lacking.append("tokenizer files (tokenizer.json, tokenizer.model, vocab.json, vocab.txt or *.tiktoken)")
+    return lacking
+
+
+def _find_weights(directory: Path) -> _Weights:
+    if (directory / INDEX).is_file():
+        return _open_all(directory, _indexed(directory, INDEX), _open_safetensors)
+    singles = sorted(directory.glob("*.safetensors"))
+    if len(singles) == 1:
+        return _open_all(directory, [singles[0].name], _open_safetensors)
+    if singles:
+        raise InputError(
+            f"{directory} has {len(singles)} safetensors files and no {INDEX}",
+            code="hf.no-index",
+            repair="the download is incomplete: fetch it again",
+        )
+    if (directory / BIN_INDEX).is_file():
+        return _open_all(directory, _indexed(directory, BIN_INDEX), _open_bin)
+    if (directory / "pytorch_model.bin").is_file():
+        return _open_all(directory, ["pytorch_model.bin"], _open_bin)
+    raise InputError(f"{directory} has no weights (*.safetensors or pytorch_model.bin)", code="hf.no-weights")
+
+
+def _indexed(directory: Path, index: str) -> list[str]:
+    """Return the files an index names, after checking that they are there."""
+    try:
+        names = sorted(set(json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{directory / index} cannot be read: {error}", code="hf.index") from None
+    absent = [name for name in names if Path(name).name != name or not (directory / name).is_file()]
+    if absent:
+        raise InputError(
+            f"{directory / index} names {', '.join(absent)}, which are not there",
+            code="hf.missing-file",
+            repair="the download is incomplete: fetch it again",
+        )
+    return names
+
+
+def _open_all(directory: Path, names: list[str], opener: Callable[[Path, _Weights], None]) -> _Weights:
+    weights = _Weights({}, [], {})
+    for name in names:
+        opener(directory / name, weights)
+    return weights
+
+
+def _note(weights: _Weights, name: str, item: Found) -> None:
+    if name in weights.found:
+        raise InputError(f"tensor {name} is in {weights.found[name].path} and in {item.path}", code="hf.twice")
+    weights.found[name] = item
+
+
+def _open_safetensors(path: Path, weights: _Weights) -> None:
+    header = read_header(path)
+    for name, entry in header.tensors.items():
+        _note(weights, name, Found(path, entry.dtype, entry.shape, entry.start))
+    weights.frames[path.name] = header.raw
+    weights.envelopes.append(Envelope(path, header.file_bytes, ((header.data_start, header.file_bytes),)))
+
+
+def _open_bin(path: Path, weights: _Weights) -> None:
+    archive = open_torch(path)
+    if not isinstance(archive.structure, dict):
+        raise InputError(f"{path} does not hold a dictionary of tensors", code="hf.bin")
+    for name, tensor in archive.structure.items():
+        if name == "_metadata":
+            continue
+        if not isinstance(tensor, TensorRef):
+            raise InputError(f"{path}: {name} is {tensor!r}, expected a tensor", code="hf.bin")
+        extent = archive.extent(name, tensor)
+        _note(weights, name, Found(path, extent.dtype, extent.shape, extent.offset))
+    weights.envelopes.append(Envelope(path, path.stat().st_size, archive.payload_ranges))
+
+
+def _account(model: Model, found: dict[str, Found], directory: Path) -> tuple[list[Slot], set[str]]:
+    """Return the slots of all canonical tensors, and the names of those to be carried; refuse anything else."""
+    wanted = model.canonical()
+    slots = [_slot(name, item, _as_part(name, item.shape)) for name, item in found.items() if name in wanted]
+    extra = {name for name in found if name not in wanted}
+    tied_head = model.roles.get(HEAD)
+    if model.dims.tied and isinstance(tied_head, str) and tied_head in extra:
+        # A tied model may store its embedding twice: the second is a copy, compared while carrying.
+        extra.discard(tied_head)
+        slots.append(_slot(tied_head, found[tied_head], model.part(EMBEDDING)))
+    carried = {name for name in extra if model.is_carried(name)}
+    _refuse_strangers(model, found, sorted(extra - carried), directory)
+    return slots, carried
+
+
+def _slot(name: str, item: Found, part: Part) -> Slot:
+    return Slot(item.path, item.offset, item.dtype, whole(part), name)
+
+
+def _as_part(name: str, shape: tuple[int, ...]) -> Part:
+    return Part(name, 0, shape[0] if shape else 1, shape[1] if len(shape) > 1 else 1, len(shape))
+
+
+def _refuse_strangers(model: Model, found: dict[str, Found], unknown: list[str], directory: Path) -> None:
+    wanted = model.canonical()
+    missing = [name for name in wanted if name not in found]
+    shapes = [
+        f"{name} {list(found[name].shape)}, expected {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and found[name].shape != shape
+    ]
+    complaints = [
+        f"{len(names)} {word}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+        for word, names in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+        if names
+    ]
+    if complaints:
+        raise InputError(
+            f"{directory} is not a complete {model.family.name} model; tensors {'; '.join(complaints)}",
+            code="hf.tensors",
+            repair="nothing was written; a new family is one file: docs/porting-a-family.md",
+        )
+
+
+def _read_bytes(item: Found) -> bytes:
+    with open(item.path, "rb") as file:
+        file.seek(item.offset)
+        return file.read(num_bytes(item.dtype, item.shape))
+
+
+def draft_files(
+    model: Model,
+    specs: dict[str, Spec],
+    frames: dict[str, bytes],
+    carried: dict[str, tuple[str, tuple[int, ...], bytes]],
+    directory: Path,
+    max_shard_bytes: int,
+) -> tuple[list[TargetFile], dict[str, bytes], bool]:
+    """Return the weight files, the index (if any), and whether the original files are restored byte for byte."""
+    tensors = {name: (specs[name].dtype, shape) for name, shape in model.canonical().items()}
+    tensors |= {name: (dtype, shape) for name, (dtype, shape, _) in carried.items()}
+    restored = {name: parse_header(raw, name) for name, raw in frames.items()}
+    fits = bool(restored) and _frames_fit(model, restored, tensors)
+    headers = restored if fits else _new_headers(tensors, max_shard_bytes)
+    files = [_target(model, directory / name, header, carried) for name, header in headers.items()]
+    index = {} if len(headers) == 1 and "model.safetensors" in headers else {INDEX: _index(headers)}
+    return files, index, fits
+
+
+def _frames_fit(model: Model, headers: dict[str, Header], tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bool:
+    """Say whether the original headers describe exactly these tensors (training may have changed dtypes)."""
+    stored = {
+        name: (entry.dtype, entry.shape) for header in headers.values() for name, entry in header.tensors.items()
+    }
+    head = model.roles.get(HEAD)
+    if model.dims.tied and isinstance(head, str) and head in stored:
+        embedding = model.part(EMBEDDING).name
+        tensors = {**tensors, head: tensors[embedding]}
+    return stored == tensors
+
+
+def _new_headers(tensors: dict[str, tuple[str, tuple[int, ...]]], max_shard_bytes: int) -> dict[str, Header]:
+    shards: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
+    filled = 0
+    for name, (dtype, shape) in tensors.items():
+        size = num_bytes(dtype, shape)
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, dtype, shape))
+        filled += size
+    if len(shards) == 1:
+        return {"model.safetensors": make_header(shards[0], PT_METADATA)}
+    total = len(shards)
+    return {
+        f"model-{number:05}-of-{total:05}.safetensors": make_header(shard, PT_METADATA)
+        for number, shard in enumerate(shards, 1)
+    }
+
+
+def _target(
+    model: Model, path: Path, header: Header, carried: dict[str, tuple[str, tuple[int, ...], bytes]]
+) -> TargetFile:
+    slots, ready = [], {0: header.raw}
+    head = model.roles.get(HEAD)
+    for name, entry in header.tensors.items():
+        if name in carried:
+            ready[entry.start] = carried[name][2]
+            continue
+        part = model.part(EMBEDDING) if model.dims.tied and name == head else _as_part(name, entry.shape)
+        slots.append(Slot(path, entry.start, entry.dtype, whole(part), name))
+
+    def begin(fd: int) -> None:
+        for offset, data in ready.items():
+            os.pwrite(fd, data, offset)
+
+    return TargetFile(path, header.file_bytes, tuple(slots), begin)
+
+
+def _index(headers: dict[str, Header]) -> bytes:
+    total = sum(header.file_bytes - header.data_start for header in headers.values())
+    weight_map = {name: file for file, header in headers.items() for name in header.tensors}
+    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(document, indent=2) + "\n").encode()
+
