@@ -161,13 +161,11 @@ def _check_types(file: GgufFile) -> None:
 def _check_shapes(file: GgufFile, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     """Refuse a file whose metadata and tensors disagree."""
     hidden = config["hidden_size"]
-    q_rows, kv_rows = (
-        config[key] * config["head_dim"] for key in ("num_attention_heads", "num_key_value_heads")
-    )
+    q_rows, kv_rows = (config[key] * config["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
     expected = {"q_proj": (q_rows, hidden), "k_proj": (kv_rows, hidden), "v_proj": (kv_rows, hidden)}
     expected |= {"o_proj": (hidden, q_rows), "down_proj": (hidden, config["intermediate_size"])}
-    expected |= {part: (config["intermediate_size"], hidden) for part in ("gate_proj", "up_proj")}
-    expected |= {part: (config["vocab_size"], hidden) for part in ("embed_tokens", "lm_head")}
+    expected |= dict.fromkeys(("gate_proj", "up_proj"), (config["intermediate_size"], hidden))
+    expected |= dict.fromkeys(("embed_tokens", "lm_head"), (config["vocab_size"], hidden))
     for name, shape in shapes.items():
         part, kind = name.split(".")[-2:]
         wanted = expected.get(part, shape)

@@ -154,7 +154,9 @@ def _field(file: GgufFile, key: str, default: Any = None) -> Any:
         raise InputError(f"{file.path} has no metadata {name}", code="gguf.metadata")
     if isinstance(value, list):  # one value per layer
         if len(set(value)) != 1:
-            raise InputError(f"{file.path}: {name} differs between layers, which is not supported", code="gguf.metadata")
+            raise InputError(
+                f"{file.path}: {name} differs between layers, which is not supported", code="gguf.metadata"
+            )
         return value[0]
     return value
 
