@@ -5,23 +5,16 @@ Formats meet only here: reading gives a `Checkpoint`, planning gives a `Draft`, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ferry.core.carry import Spec, TargetFile
+from ferry.core.dtypes import num_bytes
 from ferry.core.errors import InputError
 from ferry.core.family import Model
 from ferry.core.layout import Slot
-
-
-class Envelope(NamedTuple):
-    """A weight file: its size, and the byte ranges that are tensor payload (the rest is its envelope)."""
-
-    path: Path
-    num_bytes: int
-    payload_ranges: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -39,7 +32,6 @@ class Checkpoint:
     format: str
     model: Model
     slots: tuple[Slot, ...]
-    envelopes: tuple[Envelope, ...]
     assets: Assets
     layout: dict[str, Any] = field(default_factory=dict)
     """Format-specific facts, as JSON values: tp, pp, names, iteration ..."""
@@ -47,7 +39,6 @@ class Checkpoint:
     """Raw headers of the Hugging Face weight files this model came in, by file name: to restore them byte for byte."""
     carried: Mapping[str, tuple[str, tuple[int, ...], bytes]] = field(default_factory=dict)
     """Tensors without a place in Megatron: name -> (dtype, shape, bytes)."""
-    notes: tuple[str, ...] = ()
 
     def specs(self) -> dict[str, Spec]:
         """Return every canonical tensor with the dtype found in the slots."""
@@ -65,8 +56,17 @@ class Checkpoint:
             for name, shape in self.model.canonical().items()
         }
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self.model.canonical()
+    def payload_ranges(self) -> dict[Path, tuple[tuple[int, int], ...]]:
+        """Return the sorted byte ranges of all slots, by weight file: the rest of a file is its envelope."""
+        return payload_ranges(self.slots)
+
+
+def payload_ranges(slots: Iterable[Slot]) -> dict[Path, tuple[tuple[int, int], ...]]:
+    ranges: dict[Path, list[tuple[int, int]]] = {}
+    for slot in slots:
+        end = slot.offset + num_bytes(slot.dtype, slot.local.shape)
+        ranges.setdefault(slot.path, []).append((slot.offset, end))
+    return {path: tuple(sorted(found)) for path, found in ranges.items()}
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,23 @@
 """Hugging Face model directories: safetensors (single or sharded with an index), or torch `.bin` files for reading.
 
 Opening reads headers only and accounts for every tensor: each must be a canonical tensor of the family, a copy that a
-tied model may keep, or a tensor the family carries along. Writing restores the original files byte for byte where their
-headers are known, else it makes shards of a given size with an index, as transformers does.
+tied model may keep, or a tensor the family carries along. Writing is in `hf_write`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ferry.core.carry import Spec, TargetFile
 from ferry.core.dtypes import num_bytes
 from ferry.core.errors import InputError
 from ferry.core.family import EMBEDDING, HEAD, Model
 from ferry.core.layout import Part, Slot, whole
-from ferry.core.safetensors import Header, make_header, parse_header, read_header
+from ferry.core.safetensors import read_header
 from ferry.families.registry import model_of, read_config
-from ferry.formats.checkpoint import Assets, Checkpoint, Envelope
+from ferry.formats.checkpoint import Assets, Checkpoint
 from ferry.formats.pickles import TensorRef
 from ferry.formats.torch_zip import open_torch
 
@@ -28,7 +25,6 @@ INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
-PT_METADATA = {"format": "pt"}
 
 
 class Found(NamedTuple):
@@ -42,7 +38,7 @@ class Found(NamedTuple):
 
 class _Weights(NamedTuple):
     found: dict[str, Found]
-    envelopes: list[Envelope]
+    files: list[Path]
     frames: dict[str, bytes]
 
 
@@ -64,9 +60,8 @@ def open_hf(directory: Path) -> Checkpoint:
         format="hf",
         model=model,
         slots=tuple(slots),
-        envelopes=tuple(weights.envelopes),
         assets=find_assets(directory),
-        layout={"files": sorted(item.path.name for item in weights.envelopes)},
+        layout={"files": sorted(path.name for path in weights.files)},
         frames=weights.frames,
         carried=carried,
     )
@@ -149,7 +144,7 @@ def _open_safetensors(path: Path, weights: _Weights) -> None:
     for name, entry in header.tensors.items():
         _note(weights, name, Found(path, entry.dtype, entry.shape, entry.start))
     weights.frames[path.name] = header.raw
-    weights.envelopes.append(Envelope(path, header.file_bytes, ((header.data_start, header.file_bytes),)))
+    weights.files.append(path)
 
 
 def _open_bin(path: Path, weights: _Weights) -> None:
@@ -163,13 +158,13 @@ def _open_bin(path: Path, weights: _Weights) -> None:
             raise InputError(f"{path}: {name} is {tensor!r}, expected a tensor", code="hf.bin")
         extent = archive.extent(name, tensor)
         _note(weights, name, Found(path, extent.dtype, extent.shape, extent.offset))
-    weights.envelopes.append(Envelope(path, path.stat().st_size, archive.payload_ranges))
+    weights.files.append(path)
 
 
 def _account(model: Model, found: dict[str, Found], directory: Path) -> tuple[list[Slot], set[str]]:
     """Return the slots of all canonical tensors, and the names of those to be carried; refuse anything else."""
     wanted = model.canonical()
-    slots = [_slot(name, item, _as_part(name, item.shape)) for name, item in found.items() if name in wanted]
+    slots = [_slot(name, item, as_part(name, item.shape)) for name, item in found.items() if name in wanted]
     extra = {name for name in found if name not in wanted}
     tied_head = model.roles.get(HEAD)
     if model.dims.tied and isinstance(tied_head, str) and tied_head in extra:
@@ -185,7 +180,8 @@ def _slot(name: str, item: Found, part: Part) -> Slot:
     return Slot(item.path, item.offset, item.dtype, whole(part), name)
 
 
-def _as_part(name: str, shape: tuple[int, ...]) -> Part:
+def as_part(name: str, shape: tuple[int, ...]) -> Part:
+    """Return a whole stored tensor as a part of itself."""
     return Part(name, 0, shape[0] if shape else 1, shape[1] if len(shape) > 1 else 1, len(shape))
 
 
@@ -214,80 +210,3 @@ def _read_bytes(item: Found) -> bytes:
     with open(item.path, "rb") as file:
         file.seek(item.offset)
         return file.read(num_bytes(item.dtype, item.shape))
-
-
-def draft_files(
-    model: Model,
-    specs: dict[str, Spec],
-    frames: dict[str, bytes],
-    carried: dict[str, tuple[str, tuple[int, ...], bytes]],
-    directory: Path,
-    max_shard_bytes: int,
-) -> tuple[list[TargetFile], dict[str, bytes], bool]:
-    """Return the weight files, the index (if any), and whether the original files are restored byte for byte."""
-    tensors = {name: (specs[name].dtype, shape) for name, shape in model.canonical().items()}
-    tensors |= {name: (dtype, shape) for name, (dtype, shape, _) in carried.items()}
-    restored = {name: parse_header(raw, name) for name, raw in frames.items()}
-    fits = bool(restored) and _frames_fit(model, restored, tensors)
-    headers = restored if fits else _new_headers(tensors, max_shard_bytes)
-    files = [_target(model, directory / name, header, carried) for name, header in headers.items()]
-    index = {} if len(headers) == 1 and "model.safetensors" in headers else {INDEX: _index(headers)}
-    return files, index, fits
-
-
-def _frames_fit(model: Model, headers: dict[str, Header], tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bool:
-    """Say whether the original headers describe exactly these tensors (training may have changed dtypes)."""
-    stored = {
-        name: (entry.dtype, entry.shape) for header in headers.values() for name, entry in header.tensors.items()
-    }
-    head = model.roles.get(HEAD)
-    if model.dims.tied and isinstance(head, str) and head in stored:
-        embedding = model.part(EMBEDDING).name
-        tensors = {**tensors, head: tensors[embedding]}
-    return stored == tensors
-
-
-def _new_headers(tensors: dict[str, tuple[str, tuple[int, ...]]], max_shard_bytes: int) -> dict[str, Header]:
-    shards: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
-    filled = 0
-    for name, (dtype, shape) in tensors.items():
-        size = num_bytes(dtype, shape)
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append((name, dtype, shape))
-        filled += size
-    if len(shards) == 1:
-        return {"model.safetensors": make_header(shards[0], PT_METADATA)}
-    total = len(shards)
-    return {
-        f"model-{number:05}-of-{total:05}.safetensors": make_header(shard, PT_METADATA)
-        for number, shard in enumerate(shards, 1)
-    }
-
-
-def _target(
-    model: Model, path: Path, header: Header, carried: dict[str, tuple[str, tuple[int, ...], bytes]]
-) -> TargetFile:
-    slots, ready = [], {0: header.raw}
-    head = model.roles.get(HEAD)
-    for name, entry in header.tensors.items():
-        if name in carried:
-            ready[entry.start] = carried[name][2]
-            continue
-        part = model.part(EMBEDDING) if model.dims.tied and name == head else _as_part(name, entry.shape)
-        slots.append(Slot(path, entry.start, entry.dtype, whole(part), name))
-
-    def begin(fd: int) -> None:
-        for offset, data in ready.items():
-            os.pwrite(fd, data, offset)
-
-    return TargetFile(path, header.file_bytes, tuple(slots), begin)
-
-
-def _index(headers: dict[str, Header]) -> bytes:
-    total = sum(header.file_bytes - header.data_start for header in headers.values())
-    weight_map = {name: file for file, header in headers.items() for name in header.tensors}
-    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return (json.dumps(document, indent=2) + "\n").encode()
-

@@ -21,7 +21,7 @@ from ferry.core.family import Model
 from ferry.core.layout import Slot
 from ferry.core.pipeline import Chunk, pipeline
 from ferry.families.registry import model_of, read_config
-from ferry.formats.checkpoint import Checkpoint, Envelope
+from ferry.formats.checkpoint import Checkpoint
 from ferry.formats.hf_assets import ASSETS, read_assets
 from ferry.formats.megatron_names import CLASSIC_SYNONYMS, MegatronLayout, rank_tensors
 from ferry.formats.pickles import TensorRef
@@ -125,15 +125,11 @@ def open_megatron(directory: Path, hf_directory: Path | None = None) -> Checkpoi
         for chunk in _chunks(model, layout, rank.pp):
             slots += _account(model, layout, chunk, rank, tensors[rank[:3]][chunk.virtual])
     args = arguments(ranks[0])
-    envelopes = [
-        Envelope(rank.archive.path, rank.archive.path.stat().st_size, rank.archive.payload_ranges) for rank in ranks
-    ]
     return Checkpoint(
         directory=top,
         format="megatron",
         model=model,
         slots=tuple(slots),
-        envelopes=tuple(envelopes),
         assets=kept.assets,
         layout=layout_facts(layout)
         | {

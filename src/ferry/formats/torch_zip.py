@@ -30,6 +30,7 @@ from ferry.formats.pickles import Tensor, TensorRef, read_pickle, write_pickle
 ALIGNMENT = 64
 _LIMIT_32 = 0xFFFFFFFF
 _FLAGS_UTF8 = 0x0800
+_CHUNK = 1 << 20
 
 
 class Member(NamedTuple):
@@ -170,7 +171,6 @@ class TorchArchive:
     structure: Any
     storages: dict[str, tuple[int, int, int]]
     """Storage key -> (absolute offset, bytes, CRC-32)."""
-    payload_ranges: tuple[tuple[int, int], ...]
 
     def extent(self, name: str, tensor: TensorRef) -> Extent:
         """Return where a tensor's bytes lie; raise InputError if they are not one row-major run."""
@@ -191,10 +191,6 @@ class TorchArchive:
             raise InputError(f"{self.path}: the bytes of tensor {name} are missing or cut", code="torch.cut")
         whole = start == 0 and size == where[1]
         return Extent(tensor.storage.dtype, tensor.shape, where[0] + start, size, where[2], whole)
-
-    def envelope_sha256(self) -> str:
-        """Return the sha256 of every byte of the file outside the storages."""
-        return envelope_sha256(self.path, self.payload_ranges)
 
 
 class _Window(io.RawIOBase):
@@ -254,15 +250,14 @@ def _read_archive(path: Path, archive: zipfile.ZipFile, base: int, fields: froze
     order = archive.read(infos["byteorder"]) if "byteorder" in infos else b"little"
     if order.strip() != b"little":
         raise InputError(f"{path} was written on a big-endian machine", code="torch.byteorder")
-    storages, ranges = {}, []
+    storages = {}
     with open(path, "rb") as file:
         for name, info in infos.items():
             if name.startswith("data/"):
                 offset = base + _data_offset(file.fileno(), base, info, path)
                 storages[name.removeprefix("data/")] = (offset, info.file_size, info.CRC)
-                ranges.append((offset, offset + info.file_size))
     structure = read_pickle(archive.read(infos["data.pkl"]), str(path), fields)
-    return TorchArchive(path, structure, storages, tuple(sorted(ranges)))
+    return TorchArchive(path, structure, storages)
 
 
 def _data_offset(fd: int, base: int, info: zipfile.ZipInfo, path: Path) -> int:
@@ -275,13 +270,34 @@ def _data_offset(fd: int, base: int, info: zipfile.ZipInfo, path: Path) -> int:
     return info.header_offset + 30 + name_bytes + extra_bytes  # type: ignore[no-any-return]
 
 
+def check_crcs(archive: TorchArchive) -> None:
+    """Read every storage and compare its CRC-32 (0 = not taken); raise IntegrityError naming the first that differs."""
+    with open(archive.path, "rb") as file:
+        for key, (offset, size, crc) in archive.storages.items():
+            total, position = 0, offset
+            while position < offset + size:
+                data = os.pread(file.fileno(), min(_CHUNK, offset + size - position), position)
+                if not data:
+                    raise InputError(f"{archive.path} ends inside storage {key}", code="torch.cut")
+                total, position = zlib.crc32(data, total), position + len(data)
+            if crc not in (0, total):
+                raise IntegrityError(
+                    f"{archive.path}: storage {key} has CRC-32 {total:08x}, the file promises {crc:08x}",
+                    code="torch.crc",
+                    repair="the file is damaged: copy it again",
+                )
+
+
 def envelope_sha256(path: Path, payload_ranges: tuple[tuple[int, int], ...]) -> str:
     """Return the sha256 of every byte of a file outside the given sorted, disjoint ranges."""
     total, position = hashlib.sha256(), 0
     with open(path, "rb") as file:
         for start, end in (*payload_ranges, (os.path.getsize(path), 0)):
-            if start > position:
-                file.seek(position)
-                total.update(file.read(start - position))
+            while position < start:
+                data = os.pread(file.fileno(), min(_CHUNK, start - position), position)
+                if not data:
+                    break
+                total.update(data)
+                position += len(data)
             position = max(position, end)
     return total.hexdigest()

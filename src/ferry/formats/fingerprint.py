@@ -1,0 +1,53 @@
+"""Proofs about files: what identifies a checkpoint, and the digests that go into a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from ferry.core.layout import Slot
+from ferry.core.manifest import MANIFEST_NAME, FileDigest, Manifest, read_manifest
+from ferry.formats.checkpoint import Checkpoint, payload_ranges
+from ferry.formats.torch_zip import envelope_sha256
+
+_CHUNK = 1 << 20
+
+
+def manifest_of(directory: Path) -> Manifest | None:
+    """Return a directory's manifest, or None where there is none."""
+    return read_manifest(directory) if (directory / MANIFEST_NAME).is_file() else None
+
+
+def content_id(checkpoint: Checkpoint) -> str:
+    """Return the manifest's id, or one made of the weight files' names, sizes and times where there is none."""
+    manifest = manifest_of(checkpoint.directory)
+    if manifest is not None:
+        return manifest.id
+    stats = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.payload_ranges())
+    return "stat:" + hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a whole file."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(_CHUNK):
+            total.update(data)
+    return total.hexdigest()
+
+
+def file_digests(directory: Path, slots: Iterable[Slot]) -> dict[str, FileDigest]:
+    """Return the digest of every file below a directory: whole, or the envelope of those that hold slots."""
+    ranges = payload_ranges(slots)
+    digests = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        name = path.relative_to(directory).as_posix()
+        if name == MANIFEST_NAME:
+            continue
+        if path in ranges:
+            digests[name] = FileDigest(os.path.getsize(path), envelope_sha256(path, ranges[path]), "envelope")
+        else:
+            digests[name] = FileDigest(os.path.getsize(path), file_sha256(path))
+    return digests
