@@ -8,7 +8,6 @@ from ferry.core.errors import InputError
 from ferry.formats.checkpoint import Checkpoint
 from ferry.formats.hf import is_hf, open_hf
 from ferry.formats.megatron import is_megatron, open_megatron
-from ferry.formats.torch_dist import is_torch_dist, open_torch_dist
 
 
 def sniff(directory: Path) -> str:
@@ -16,10 +15,8 @@ def sniff(directory: Path) -> str:
     if directory.is_file() and directory.suffix == ".gguf":
         return "gguf"
     if not directory.is_dir():
-        raise InputError(f"{directory} is not there" if not directory.exists() else f"{directory} is not a directory",
-                         code="input.missing")
-    if is_torch_dist(directory):
-        return "torch_dist"
+        what = "is not a directory" if directory.exists() else "is not there"
+        raise InputError(f"{directory} {what}", code="input.missing")
     if is_megatron(directory):
         return "megatron"
     if is_hf(directory):
@@ -35,8 +32,6 @@ def sniff(directory: Path) -> str:
 def open_checkpoint(directory: Path, hf_assets: Path | None = None) -> Checkpoint:
     """Open a model directory or shard set by what it holds; headers only."""
     kind = sniff(directory)
-    if kind == "torch_dist":
-        return open_torch_dist(directory, hf_assets)
     if kind == "megatron":
         return open_megatron(directory, hf_assets)
     if kind == "gguf":

@@ -20,10 +20,11 @@ from ferry.formats.hf_write import draft_hf
 from ferry.formats.megatron_args import scaling_note
 from ferry.formats.megatron_names import MegatronLayout
 from ferry.formats.megatron_write import draft_megatron
-from ferry.formats.opening import open_checkpoint, sniff
-from ferry.formats.torch_dist_write import draft_torch_dist
+from ferry.formats.opening import open_checkpoint
 from ferry.verbs.convert.config import ConvertConfig
+from ferry.verbs.convert.from_gguf import is_gguf, plan_gguf
 from ferry.verbs.convert.normhead import normalise_rows
+from ferry.verbs.convert.paths import source_and_target
 
 INTERPRETER_BYTES = 60_000_000
 DEFAULT_VOCAB_MULTIPLE = 128
@@ -52,18 +53,12 @@ class Prepared:
         """Plan every file of the result below a directory."""
         if self.layout is None:
             return draft_hf(self.source, self.specs, directory, self.max_shard_bytes)
-        if self.format == "torch_dist":
-            return draft_torch_dist(
-                self.source, self.specs, self.layout, directory, self.iteration, self.vocab_multiple
-            )
         return draft_megatron(self.source, self.specs, self.layout, directory, self.iteration, self.vocab_multiple)
 
 
 def plan(config: ConvertConfig) -> Plan:
     """Return what `ferry convert` would do."""
-    if _is_gguf(config):
-        from ferry.verbs.convert.from_gguf import plan_gguf
-
+    if is_gguf(config):
         return plan_gguf(config)
     prepared = prepare(config)
     draft = prepared.draft(prepared.target)
@@ -103,27 +98,6 @@ def describe(layout: MegatronLayout | None) -> str:
     parts += [f"VPP{layout.vpp}"] if layout.vpp > 1 else []
     parts += [f"EP{layout.ep}"] if layout.ep > 1 else []
     return " " + " x ".join(parts)
-
-
-def _is_gguf(config: ConvertConfig) -> bool:
-    source, _ = source_and_target(config)
-    return config.direction == "gguf2hf" or (config.direction == "auto" and sniff(source) == "gguf")
-
-
-def source_and_target(config: ConvertConfig) -> tuple[Path, Path]:
-    """Return both paths, or say which is missing and how the manual and Ferry spell it."""
-    spellings = {"source": "SOURCE, --load-dir", "target": "TARGET, --save-dir"}
-    for name in ("source", "target"):
-        if getattr(config, name) is None:
-            raise ConfigError(
-                f"{name} is missing",
-                code="convert.missing-path",
-                repair=f"give {spellings[name]}, or the variables ORIGINAL_HF_WEIGHT, CONVERT_MODEL_PATH, "
-                "MODEL_SAVE_PATH with a direction (hf2mg or mg2hf)",
-            )
-    assert config.source is not None
-    assert config.target is not None
-    return config.source, config.target
 
 
 def prepare(config: ConvertConfig) -> Prepared:

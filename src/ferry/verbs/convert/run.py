@@ -1,0 +1,156 @@
+"""`ferry convert`: prepare, carry, compare with what was promised, write the manifest, make it visible."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ferry.core.carry import carry
+from ferry.core.dtypes import num_bytes
+from ferry.core.errors import IntegrityError
+from ferry.core.manifest import MANIFEST_NAME, Manifest, TensorDigest
+from ferry.core.progress import Reporter
+from ferry.core.staging import StagedDirectory
+from ferry.core.verb import Result
+from ferry.formats.checkpoint import Checkpoint, Draft
+from ferry.formats.fingerprint import file_digests, manifest_of
+from ferry.formats.torch_zip import check_crcs, open_torch
+from ferry.verbs.convert.config import ConvertConfig
+from ferry.verbs.convert.from_gguf import is_gguf, run_gguf
+from ferry.verbs.convert.paths import source_and_target
+from ferry.verbs.convert.plan import Prepared, describe, prepare
+
+
+def run(config: ConvertConfig, reporter: Reporter) -> Result:
+    """Convert and return where the result is, its fingerprint, and whether every digest agreed."""
+    if is_gguf(config):
+        return run_gguf(config, reporter)
+    prepared = prepare(config)
+    for choice in prepared.choices:
+        reporter.event("choice", text=choice)
+    promised = manifest_of(prepared.source.directory)
+    if promised is None:
+        _check_foreign(prepared.source, reporter)
+    need_bytes = prepared.draft(prepared.target).num_bytes
+    with StagedDirectory(prepared.target, need_bytes=need_bytes, overwrite=config.overwrite) as staged:
+        draft = prepared.draft(staged.work)
+        digests = _carry(prepared, draft, config, reporter)
+        checked = compare(promised, digests, prepared.source) if config.hash else 0
+        _write_small(draft, staged.work)
+        manifest = _manifest(prepared, draft, digests, promised, config, staged.work)
+        (staged.work / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        staged.commit()
+    reporter.event("written", artifact=str(prepared.target), bytes=need_bytes, model_sha256=manifest.model_sha256)
+    return {
+        "artifact": str(prepared.target),
+        "direction": prepared.direction,
+        "family": prepared.source.model.family.name,
+        "layout": draft.layout,
+        "tensors": len(prepared.specs),
+        "files": len(manifest.files),
+        "bytes": need_bytes,
+        "model_sha256": manifest.model_sha256,
+        "parent_model_sha256": promised.model_sha256 if promised else "",
+        "same_as_parent": bool(promised) and bool(manifest.model_sha256)
+        and manifest.model_sha256 == promised.model_sha256,
+        "tensors_checked": checked,
+        "restored": bool(draft.layout.get("restored")),
+        "changes": list(prepared.changes),
+        "choices": list(prepared.choices),
+    }  # fmt: skip
+
+
+def _check_foreign(source: Checkpoint, reporter: Reporter) -> None:
+    """Shards without a manifest: their own CRCs are all there is to check, so all are checked first."""
+    paths = [path for path in source.payload_ranges() if path.suffix != ".safetensors" and path.suffix != ".distcp"]
+    total = sum(path.stat().st_size for path in paths)
+    if not paths:
+        return
+    reporter.start("checking CRCs", total)
+    for path in paths:
+        check_crcs(open_torch(path))
+        reporter.advance(path.stat().st_size)
+    reporter.finish()
+    reporter.event("checked", what="CRC-32 of every storage", files=len(paths))
+
+
+def _carry(prepared: Prepared, draft: Draft, config: ConvertConfig, reporter: Reporter) -> dict[str, str]:
+    total = sum(num_bytes(spec.dtype, (spec.rows, spec.cols)) for spec in prepared.specs.values())
+    reporter.start(f"carrying {len(prepared.specs)} tensors", total)
+    digests = carry(
+        prepared.specs,
+        prepared.source.slots,
+        draft.files,
+        reporter=reporter,
+        digests=config.hash,
+        transforms=prepared.transforms,
+        threads=config.threads,
+    )
+    reporter.finish()
+    return digests
+
+
+def compare(promised: Manifest | None, digests: dict[str, str], source: Checkpoint) -> int:
+    """Return how many tensors were found equal to the manifest; raise IntegrityError naming those that differ."""
+    if promised is None:
+        return 0
+    differing = []
+    checked = 0
+    for name, tensor in promised.tensors.items():
+        found = digests.get(f"{name} (source)", digests.get(name))
+        if tensor.sha256 and found:
+            checked += 1
+            if found != tensor.sha256:
+                differing.append(name)
+    if differing:
+        raise IntegrityError(
+            f"{source.directory}: {len(differing)} of {checked} tensors differ from its manifest: "
+            f"{', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}",
+            code="convert.source-damaged",
+            repair="nothing was written; the source was changed or damaged after it was made: make or fetch it again",
+        )
+    return checked
+
+
+def _write_small(draft: Draft, directory: Path) -> None:
+    for name, content in {**draft.small, **draft.last}.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, Path):
+            shutil.copyfile(content, path)
+        else:
+            path.write_bytes(content)
+
+
+def _manifest(
+    prepared: Prepared,
+    draft: Draft,
+    digests: dict[str, str],
+    promised: Manifest | None,
+    config: ConvertConfig,
+    directory: Path,
+) -> Manifest:
+    shapes = prepared.source.model.canonical()
+    tensors = {
+        name: TensorDigest(spec.dtype, shapes[name], digests[name]) for name, spec in sorted(prepared.specs.items())
+    }
+    source, target = source_and_target(config)
+    settings = config.model_dump(mode="json", exclude_defaults=True)
+    settings |= {key: Path(value).name for key, value in settings.items() if isinstance(getattr(config, key), Path)}
+    proofs = [{"check": "digest of every tensor read equals the parent's manifest", "parent": promised.id}] if (
+        promised and config.hash
+    ) else []  # fmt: skip
+    return Manifest(
+        kind={"hf": "hf-model"}.get(draft.format, f"{draft.format.replace('_', '-')}-checkpoint"),
+        name=target.name,
+        verb="convert",
+        summary=f"{source.name} -> {draft.format}{describe(prepared.layout)}",
+        config=settings,
+        tensors=tensors,
+        files=file_digests(directory, (slot for file in draft.files for slot in file.slots)),
+        details={"family": prepared.source.model.family.name, "layout": draft.layout},
+        changes=prepared.changes,
+        proofs=tuple(proofs),
+        parents=(promised.id,) if promised else (),
+        lineage=promised.ancestry() if promised else (),
+    )
