@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ferry.core.dtypes import num_bytes, num_items
+from ferry.core.dtypes import num_items
 from ferry.core.errors import InputError
 from ferry.core.manifest import TensorDigest
 from ferry.core.progress import Reporter
@@ -120,8 +120,10 @@ def dequantized_rows(source: BinaryIO, tensor: GgufTensor, step: int) -> Iterato
 
 def halves_from_pairs(values: npt.NDArray[np.float32], head_dim: int) -> npt.NDArray[np.float32]:
     """Undo llama.cpp's reordering of q and k: within a head, rows (0, h), (1, h+1), .. become 0, 1, .., h, h+1, .."""
-    heads = values.reshape(-1, head_dim // 2, 2, values.size if values.shape[0] == 1 else values.shape[1])
-    return heads.swapaxes(1, 2)
+    is_bias = values.shape[0] == 1
+    pairs = values.reshape(-1, head_dim // 2, 2, 1 if is_bias else values.shape[1])
+    halves: npt.NDArray[np.float32] = pairs.swapaxes(1, 2)
+    return halves
 
 
 def to_bfloat16(values: npt.NDArray[np.float32]) -> bytes:
@@ -133,7 +135,8 @@ def to_bfloat16(values: npt.NDArray[np.float32]) -> bytes:
     is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
     if is_nan.any():
         rounded[is_nan] = (bits[is_nan] >> np.uint32(16)) | np.uint32(0x40)
-    return rounded.astype("<u2").tobytes()
+    data: bytes = rounded.astype("<u2").tobytes()
+    return data
 
 
 def _typed(raw: npt.NDArray[np.uint8], type_name: str) -> npt.NDArray[Any]:
@@ -187,7 +190,3 @@ def _source(file: GgufFile) -> str:
 
 def _json(document: dict[str, Any]) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def payload_bytes(model: GgufModel) -> int:
-    return sum(num_bytes(dtype, shape) for _, dtype, shape in model.tensors)
