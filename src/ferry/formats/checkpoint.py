@@ -39,6 +39,8 @@ class Checkpoint:
     """Raw headers of the Hugging Face weight files this model came in, by file name: to restore them byte for byte."""
     carried: Mapping[str, tuple[str, tuple[int, ...], bytes]] = field(default_factory=dict)
     """Tensors without a place in Megatron: name -> (dtype, shape, bytes)."""
+    tied_copies: tuple[str, ...] = ()
+    """Further names under which the Hugging Face files of a tied model store the embedding."""
 
     def specs(self) -> dict[str, Spec]:
         """Return every canonical tensor with the dtype found in the slots."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ferry.core.family import EMBEDDING
 from ferry.core.layout import Slot
-from ferry.core.manifest import MANIFEST_NAME, FileDigest, Manifest, read_manifest
+from ferry.core.manifest import MANIFEST_NAME, FileDigest, Manifest, TensorDigest, read_manifest
+from ferry.core.safetensors import read_header
 from ferry.formats.checkpoint import Checkpoint, payload_ranges
 from ferry.formats.torch_zip import envelope_sha256
 
@@ -38,6 +40,17 @@ def file_sha256(path: Path) -> str:
     return total.hexdigest()
 
 
+def tensor_digests(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str, TensorDigest]:
+    """Return the digest of every tensor of the Hugging Face form: canonical, carried, and copies of a tied embedding."""
+    specs, shapes = checkpoint.specs(), checkpoint.model.canonical()
+    found = {name: TensorDigest(spec.dtype, shapes[name], digests[name]) for name, spec in specs.items()}
+    for name, (dtype, shape, data) in checkpoint.carried.items():
+        found[name] = TensorDigest(dtype, shape, hashlib.sha256(data).hexdigest())
+    embedding = checkpoint.model.part(EMBEDDING).name
+    found |= {name: found[embedding] for name in checkpoint.tied_copies}
+    return dict(sorted(found.items()))
+
+
 def file_digests(directory: Path, slots: Iterable[Slot]) -> dict[str, FileDigest]:
     """Return the digest of every file below a directory: whole, or the envelope of those that hold slots."""
     ranges = payload_ranges(slots)
@@ -46,7 +59,9 @@ def file_digests(directory: Path, slots: Iterable[Slot]) -> dict[str, FileDigest
         name = path.relative_to(directory).as_posix()
         if name == MANIFEST_NAME:
             continue
-        if path in ranges:
+        if path.suffix == ".safetensors" and path in ranges:
+            digests[name] = FileDigest(os.path.getsize(path), read_header(path).sha256, "envelope")
+        elif path in ranges:
             digests[name] = FileDigest(os.path.getsize(path), envelope_sha256(path, ranges[path]), "envelope")
         else:
             digests[name] = FileDigest(os.path.getsize(path), file_sha256(path))

@@ -64,6 +64,7 @@ def open_hf(directory: Path) -> Checkpoint:
         layout={"files": sorted(path.name for path in weights.files)},
         frames=weights.frames,
         carried=carried,
+        tied_copies=tuple(slot.label for slot in slots if slot.label not in model.canonical()),
     )
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ferry.core.errors import InputError
-from ferry.core.safetensors import make_header, read_header
+from ferry.core.family import HEAD, Model
+from ferry.core.safetensors import make_header, parse_header, read_header
 from ferry.formats.checkpoint import Assets
 from ferry.formats.hf import find_assets
 
@@ -57,6 +58,13 @@ def read_assets(directory: Path, hf_directory: Path | None) -> Kept:
     private = directory / PRIVATE
     frames = {path.name.removesuffix(".header"): path.read_bytes() for path in sorted(private.glob("*.header"))}
     return Kept(find_assets(folder), frames, _read_carried(private / CARRIED))
+
+
+def tied_copies(model: Model, frames: Mapping[str, bytes]) -> tuple[str, ...]:
+    """Return the head's name if the model is tied and its original files stored the head nevertheless."""
+    head = model.roles.get(HEAD)
+    stored = {name for file, raw in frames.items() for name in parse_header(raw, file).tensors}
+    return (head,) if model.dims.tied and isinstance(head, str) and head in stored else ()
 
 
 def _read_carried(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:

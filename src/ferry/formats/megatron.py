@@ -22,7 +22,7 @@ from ferry.core.layout import Slot
 from ferry.core.pipeline import Chunk, pipeline
 from ferry.families.registry import model_of, read_config
 from ferry.formats.checkpoint import Checkpoint
-from ferry.formats.hf_assets import ASSETS, read_assets
+from ferry.formats.hf_assets import ASSETS, read_assets, tied_copies
 from ferry.formats.megatron_names import CLASSIC_SYNONYMS, MegatronLayout, rank_tensors
 from ferry.formats.pickles import TensorRef
 from ferry.formats.torch_zip import TorchArchive, open_torch
@@ -139,6 +139,7 @@ def open_megatron(directory: Path, hf_directory: Path | None = None) -> Checkpoi
         },
         frames=kept.frames,
         carried=kept.carried,
+        tied_copies=tied_copies(model, kept.frames),
     )
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from ferry.core.carry import carry
 from ferry.core.dtypes import num_bytes
 from ferry.core.errors import IntegrityError
-from ferry.core.manifest import MANIFEST_NAME, Manifest, TensorDigest
+from ferry.core.manifest import MANIFEST_NAME, Manifest
 from ferry.core.progress import Reporter
 from ferry.core.staging import StagedDirectory
 from ferry.core.verb import Result
 from ferry.formats.checkpoint import Checkpoint, Draft
-from ferry.formats.fingerprint import file_digests, manifest_of
+from ferry.formats.fingerprint import file_digests, manifest_of, tensor_digests
 from ferry.formats.torch_zip import check_crcs, open_torch
 from ferry.verbs.convert.config import ConvertConfig
 from ferry.verbs.convert.from_gguf import is_gguf, run_gguf
@@ -130,10 +130,6 @@ def _manifest(
     config: ConvertConfig,
     directory: Path,
 ) -> Manifest:
-    shapes = prepared.source.model.canonical()
-    tensors = {
-        name: TensorDigest(spec.dtype, shapes[name], digests[name]) for name, spec in sorted(prepared.specs.items())
-    }
     source, target = source_and_target(config)
     settings = config.model_dump(mode="json", exclude_defaults=True)
     settings |= {key: Path(value).name for key, value in settings.items() if isinstance(getattr(config, key), Path)}
@@ -146,7 +142,7 @@ def _manifest(
         verb="convert",
         summary=f"{source.name} -> {draft.format}{describe(prepared.layout)}",
         config=settings,
-        tensors=tensors,
+        tensors=tensor_digests(prepared.source, digests),
         files=file_digests(directory, (slot for file in draft.files for slot in file.slots)),
         details={"family": prepared.source.model.family.name, "layout": draft.layout},
         changes=prepared.changes,
