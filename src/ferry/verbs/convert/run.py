@@ -8,7 +8,7 @@ from pathlib import Path
 from ferry.core.carry import carry
 from ferry.core.dtypes import num_bytes
 from ferry.core.errors import IntegrityError
-from ferry.core.manifest import MANIFEST_NAME, Manifest
+from ferry.core.manifest import MANIFEST_NAME, Manifest, Node
 from ferry.core.progress import Reporter
 from ferry.core.staging import StagedDirectory
 from ferry.core.verb import Result
@@ -136,6 +136,7 @@ def _manifest(
     proofs = [{"check": "digest of every tensor read equals the parent's manifest", "parent": promised.id}] if (
         promised and config.hash
     ) else []  # fmt: skip
+    parents = promised.ancestry() if promised else (_outsider(prepared, digests),)
     return Manifest(
         kind={"hf": "hf-model"}.get(draft.format, f"{draft.format.replace('_', '-')}-checkpoint"),
         name=target.name,
@@ -147,6 +148,14 @@ def _manifest(
         details={"family": prepared.source.model.family.name, "layout": draft.layout},
         changes=prepared.changes,
         proofs=tuple(proofs),
-        parents=(promised.id,) if promised else (),
-        lineage=promised.ancestry() if promised else (),
+        parents=(parents[0].id,),
+        lineage=parents,
     )
+
+
+def _outsider(prepared: Prepared, digests: dict[str, str]) -> Node:
+    """Return a node for a source without a manifest: all that is known of it is what was just read."""
+    source = prepared.source
+    before = {name: digests.get(f"{name} (source)", digests[name]) for name in prepared.specs}
+    read = Manifest(kind=source.format, name="", verb="", summary="", tensors=tensor_digests(source, before))
+    return Node(read.id, source.format, source.directory.name, "", "came without a manifest", "", read.model_sha256)

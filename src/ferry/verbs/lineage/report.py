@@ -22,8 +22,8 @@ def _tree(nodes: dict[str, dict[str, Any]], key: str, same: str, lead: str, belo
     if node is None:
         return [f"{lead}{key[:SHORT]}  (unknown)"]
     mark = "=" if same and node["model_sha256"] == same else " "
-    text = f"{lead}{mark} {node['name']}  {node['kind']}  {key[:SHORT]}  by {node['verb']}: {node['summary']}"
-    lines = [f"{text}  ({node['created']})"]
+    made = f"by {node['verb']}: {node['summary']}  ({node['created']})" if node["verb"] else node["summary"]
+    lines = [f"{lead}{mark} {node['name']}  {node['kind']}  {key[:SHORT]}  {made}"]
     for index, parent in enumerate(node["parents"]):
         last = index == len(node["parents"]) - 1
         lines += _tree(nodes, parent, same, below + "└─ ", below + "   ") if last else _tree(
