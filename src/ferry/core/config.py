@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.config import JsonDict
 
 from ferry.core.errors import ConfigError, did_you_mean
 
@@ -44,7 +45,7 @@ class VerbConfig(BaseModel):
 
     @classmethod
     def interpret(cls, layers: list[Layer]) -> list[Layer]:
-        """Return the layers as they shall be merged; a verb overrides this where a value's meaning depends on others."""
+        """Return the layers as they shall be merged. A verb overrides this where the meaning of values is joint."""
         return layers
 
     @classmethod
@@ -80,7 +81,7 @@ def option(
     `aliases` are further flags (`--load-dir`), `env` further environment variables (`TP`), `short` is like `-o`. A
     variable or alias that several fields declare fills all of them; `interpret` then keeps the ones that are meant.
     """
-    given: dict[str, JsonValue] = {
+    given: JsonDict = {
         "unit": unit,
         "positional": positional,
         "aliases": list(aliases),
@@ -88,7 +89,7 @@ def option(
         "metavar": metavar,
         "short": short,
     }
-    extra = {key: value for key, value in given.items() if value}
+    extra: JsonDict = {key: value for key, value in given.items() if value}
     return Field(default, description=help, json_schema_extra=extra, **pydantic_field_args)
 
 

@@ -8,37 +8,52 @@ imports nothing heavy, and each part is imported when it is needed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
 
+TYPE_CHECKING = False  # `typing` alone would cost `ferry --help` more than all the rest of it
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeAlias
+
     from ferry.core.config import VerbConfig
     from ferry.core.plan import Plan
     from ferry.core.progress import Reporter
 
-Result = dict[str, Any]
+Result: TypeAlias = "dict[str, Any]"
 """What a verb returns: JSON values only. `artifact` is the path it wrote, if it wrote one."""
 
 
-class Verb(NamedTuple):
+class Verb:
     """One verb of Ferry.
 
-    `plan(config) -> Plan` says what would be done and refuses what cannot be done; it writes nothing.
+    `plan(config) -> Plan` says what would be done and refuses what cannot be done; it writes nothing. It is empty for
+    verbs that only look: they have no `--dry-run` and open no run record.
     `run(config, reporter) -> Result` does it. `report(result) -> str` is the calm screen for people.
+    `order` is the place in the list of `ferry --help`.
+    `exit_status(result) -> int` is optional, for verbs whose result is a verdict.
     """
 
-    name: str
-    summary: str
-    config: str
-    run: str
-    report: str
-    plan: str = ""
-    """Empty for verbs that only look: they have no `--dry-run` and open no run record."""
-    order: int = 100
-    """Place in the list of `ferry --help`."""
-    exit_status: str = ""
-    """Optional `module:function` from Result to exit status, for verbs whose result is a verdict."""
+    __slots__ = ("config", "exit_status", "name", "order", "plan", "report", "run", "summary")
+
+    def __init__(
+        self,
+        name: str,
+        summary: str,
+        config: str,
+        run: str,
+        report: str,
+        plan: str = "",
+        order: int = 100,
+        exit_status: str = "",
+    ) -> None:
+        self.name = name
+        self.summary = summary
+        self.config = config
+        self.run = run
+        self.report = report
+        self.plan = plan
+        self.order = order
+        self.exit_status = exit_status
 
 
 def discover() -> dict[str, Verb]:
@@ -75,9 +90,10 @@ def python_function(verb: Verb) -> Callable[..., Result]:
     """Return the verb as a Python function of its config fields, with an optional `reporter`."""
 
     def call(*, reporter: Reporter | None = None, **fields: Any) -> Result:
+        from ferry.core.config import Layer, resolve
         from ferry.core.progress import Reporter
 
-        config = load_config(verb)(**fields)
+        config = resolve(load_config(verb), [Layer("argument", fields)]).config
         return load_run(verb)(config, reporter or Reporter())
 
     call.__name__ = verb.name
