@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -28,6 +27,7 @@ from ferry.core.dtypes import ITEM_BYTES
 from ferry.core.errors import IntegrityError
 from ferry.core.layout import Piece, Slot
 from ferry.core.progress import Reporter
+from ferry.core.writeback import Writeback
 
 WINDOW_BYTES = 1 << 20
 Bytes2D = npt.NDArray[np.uint8]
@@ -63,6 +63,7 @@ class _Place(NamedTuple):
     piece: Piece
     segments: list[tuple[int, int, int]] | None
     """Where (offset, bytes, crc) of what was written are noted; None where no CRC is wanted."""
+    writeback: Writeback | None = None
 
 
 @dataclass
@@ -94,7 +95,8 @@ def carry(
     with ExitStack() as stack:
         journeys = {name: _Journey(spec) for name, spec in specs.items()}
         _place_sources(journeys, sources, stack)
-        closers = [_open_target(journeys, file, stack) for file in targets]
+        writeback = Writeback()
+        closers = [_open_target(journeys, file, stack, writeback) for file in targets]
         results: dict[str, str] = {}
         stop = threading.Event()
 
@@ -143,7 +145,9 @@ def _place_sources(journeys: dict[str, _Journey], sources: Sequence[Slot], stack
         assert covered == journey.spec.rows * journey.spec.cols, f"{name}: {covered} of {journey.spec} covered"
 
 
-def _open_target(journeys: dict[str, _Journey], file: TargetFile, stack: ExitStack) -> Callable[[], None]:
+def _open_target(
+    journeys: dict[str, _Journey], file: TargetFile, stack: ExitStack, writeback: Writeback
+) -> Callable[[], None]:
     file.path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(file.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     stack.callback(os.close, fd)
@@ -152,7 +156,7 @@ def _open_target(journeys: dict[str, _Journey], file: TargetFile, stack: ExitSta
     notes: list[list[tuple[int, int, int]]] = [[] for _ in file.slots]
     for slot, segments in zip(file.slots, notes, strict=True):
         for piece in slot.local.pieces:
-            place = _Place(fd, slot, piece, segments if file.finish else None)
+            place = _Place(fd, slot, piece, segments if file.finish else None, writeback)
             journeys[piece.name].targets.append(place)
 
     def close() -> None:
@@ -178,7 +182,7 @@ def _slot_crc(fd: int, slot: Slot, segments: list[tuple[int, int, int]]) -> int:
     total, position = 0, slot.offset
     while position < end:
         data = os.pread(fd, min(WINDOW_BYTES, end - position), position)
-        total, position = zlib.crc32(data, total), position + len(data)
+        total, position = crc32.crc32(data, total), position + len(data)
     return total
 
 
@@ -309,9 +313,9 @@ class _Worker:
             _write_strips(place, np.ascontiguousarray(part), offset, local_bytes)
             return
         data = memoryview(np.ascontiguousarray(part)).cast("B")
-        _write(place.fd, data, offset)
+        _write(place, data, offset)
         if place.segments is not None:
-            place.segments.append((offset, len(data), zlib.crc32(data)))
+            place.segments.append((offset, len(data), crc32.crc32(data)))
 
 
 def _turn(part: Bytes2D, item: int) -> Bytes2D:
@@ -322,7 +326,7 @@ def _turn(part: Bytes2D, item: int) -> Bytes2D:
 
 def _write_strips(place: _Place, rows: Bytes2D, offset: int, stride: int) -> None:
     for index in range(len(rows)):
-        _write(place.fd, memoryview(rows[index]), offset + index * stride)
+        _write(place, memoryview(rows[index]), offset + index * stride)
 
 
 def _read(fd: int, buffer: memoryview, offset: int, slot: Slot) -> None:
@@ -334,7 +338,9 @@ def _read(fd: int, buffer: memoryview, offset: int, slot: Slot) -> None:
         done += count
 
 
-def _write(fd: int, buffer: memoryview, offset: int) -> None:
+def _write(place: _Place, buffer: memoryview, offset: int) -> None:
     done = 0
     while done < len(buffer):
-        done += os.pwrite(fd, buffer[done:], offset + done)
+        done += os.pwrite(place.fd, buffer[done:], offset + done)
+    if place.writeback is not None:
+        place.writeback.wrote(place.fd, len(buffer))

@@ -16,13 +16,13 @@ import io
 import os
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ferry.core.crc32 import crc32
 from ferry.core.dtypes import num_bytes
 from ferry.core.errors import InputError, IntegrityError
 from ferry.formats.pickles import Tensor, TensorRef, read_pickle, write_pickle
@@ -67,14 +67,14 @@ class ZipPlan:
             os.ftruncate(fd, self.base + self.num_bytes)
         for member in self.members:
             content = self.contents.get(member.name)
-            crc = zlib.crc32(content) if content is not None else 0
+            crc = crc32(content) if content is not None else 0
             os.pwrite(fd, _local_header(member, crc), self.base + member.header_offset)
             if content is not None:
                 os.pwrite(fd, content, self.base + member.data_offset)
 
     def finish(self, fd: int, crcs: dict[str, int]) -> None:
         """Write the CRC-32 of each payload (by storage key) and the central directory."""
-        known = {name: zlib.crc32(content) for name, content in self.contents.items()}
+        known = {name: crc32(content) for name, content in self.contents.items()}
         known |= {self.payload_keys[key]: crc for key, crc in crcs.items()}
         for member in self.members:
             os.pwrite(fd, struct.pack("<I", known[member.name]), self.base + member.header_offset + 14)
@@ -279,7 +279,7 @@ def check_crcs(archive: TorchArchive) -> None:
                 data = os.pread(file.fileno(), min(_CHUNK, offset + size - position), position)
                 if not data:
                     raise InputError(f"{archive.path} ends inside storage {key}", code="torch.cut")
-                total, position = zlib.crc32(data, total), position + len(data)
+                total, position = crc32(data, total), position + len(data)
             if crc not in (0, total):
                 raise IntegrityError(
                     f"{archive.path}: storage {key} has CRC-32 {total:08x}, the file promises {crc:08x}",
