@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ferry.core import crc32
+from ferry.core.crc32 import combine, crc32, of_zeros
 from ferry.core.dtypes import ITEM_BYTES
 from ferry.core.errors import IntegrityError
 from ferry.core.layout import Piece, Slot
@@ -178,11 +177,11 @@ def _slot_crc(fd: int, slot: Slot, segments: list[tuple[int, int, int]]) -> int:
         parts.append((crc, size))
         position += size
     if position == end - pad_bytes:
-        return crc32.combine([*parts, (crc32.of_zeros(pad_bytes), pad_bytes)] if pad_bytes else parts)
+        return combine([*parts, (of_zeros(pad_bytes), pad_bytes)] if pad_bytes else parts)
     total, position = 0, slot.offset
     while position < end:
         data = os.pread(fd, min(WINDOW_BYTES, end - position), position)
-        total, position = crc32.crc32(data, total), position + len(data)
+        total, position = crc32(data, total), position + len(data)
     return total
 
 
@@ -219,11 +218,11 @@ class _Worker:
             for place in self.journey.copies:
                 self._compare(place, window, row)
             if self.digests:
-                before.update(memoryview(window).cast("B"))
+                before.update(window.data.cast("B"))
             if self.transform is not None:
                 window = self.transform(window, self.journey.spec.dtype)
                 if self.digests:
-                    after.update(memoryview(window).cast("B"))
+                    after.update(window.data.cast("B"))
             for place in self.journey.targets:
                 self._scatter(place, window, row)
             self.reporter.advance(window.nbytes)
@@ -249,11 +248,11 @@ class _Worker:
         local_bytes = place.slot.local.cols * item
         offset = place.slot.offset + (piece.at_row + start - piece.row) * local_bytes
         if local_bytes == part.shape[1] and part.flags.c_contiguous:
-            _read(place.fd, memoryview(part).cast("B"), offset, place.slot)
+            _read(place.fd, part.data.cast("B"), offset, place.slot)
             return
         if local_bytes == part.shape[1]:
             scratch = np.empty((end - start, local_bytes), np.uint8)
-            _read(place.fd, memoryview(scratch).cast("B"), offset, place.slot)
+            _read(place.fd, scratch.data.cast("B"), offset, place.slot)
             part[:] = scratch
             return
         self._gather_strips(place, part, offset + piece.at_col * item, local_bytes)
@@ -264,12 +263,12 @@ class _Worker:
         if height * local_bytes <= 4 * WINDOW_BYTES:
             scratch = np.empty(height * local_bytes, np.uint8)
             span = scratch[: (height - 1) * local_bytes + width]
-            _read(place.fd, memoryview(span), offset, place.slot)
+            _read(place.fd, span.data, offset, place.slot)
             part[:] = scratch.reshape(height, local_bytes)[:, :width]
             return
         strip = np.empty(width, np.uint8)
         for index in range(height):
-            _read(place.fd, memoryview(strip), offset + index * local_bytes, place.slot)
+            _read(place.fd, strip.data, offset + index * local_bytes, place.slot)
             part[index] = strip
 
     def _gather_transposed(self, place: _Place, part: Bytes2D, start: int, end: int) -> None:
@@ -278,7 +277,7 @@ class _Worker:
         first = piece.at_row * local_cols + piece.at_col + start - piece.row
         for index in range(piece.cols):
             offset = place.slot.offset + (first + index * local_cols) * item
-            _read(place.fd, memoryview(turned[index]), offset, place.slot)
+            _read(place.fd, turned[index].data, offset, place.slot)
         part[:] = _turn(turned, item)
 
     def _compare(self, place: _Place, window: Bytes2D, row: int) -> None:
@@ -312,10 +311,10 @@ class _Worker:
         if part.shape[1] != local_bytes:
             _write_strips(place, np.ascontiguousarray(part), offset, local_bytes)
             return
-        data = memoryview(np.ascontiguousarray(part)).cast("B")
+        data = np.ascontiguousarray(part).data.cast("B")
         _write(place, data, offset)
         if place.segments is not None:
-            place.segments.append((offset, len(data), crc32.crc32(data)))
+            place.segments.append((offset, len(data), crc32(data)))
 
 
 def _turn(part: Bytes2D, item: int) -> Bytes2D:
@@ -326,7 +325,7 @@ def _turn(part: Bytes2D, item: int) -> Bytes2D:
 
 def _write_strips(place: _Place, rows: Bytes2D, offset: int, stride: int) -> None:
     for index in range(len(rows)):
-        _write(place, memoryview(rows[index]), offset + index * stride)
+        _write(place, rows[index].data, offset + index * stride)
 
 
 def _read(fd: int, buffer: memoryview, offset: int, slot: Slot) -> None:

@@ -1,6 +1,6 @@
 """CRC-32 of a whole from the CRCs of its parts, so that a file's parts can be written in any order.
 
-`crc32` is zlib's. The method is its `crc32_combine`: appending n bytes multiplies the CRC polynomial by x^(8n) modulo P.
+`crc32` is zlib's. The method is its `crc32_combine`: appending n bytes multiplies the CRC by x^(8n) modulo P.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 try:  # the same function, some ten times faster
-    from zlib_ng.zlib_ng import crc32
-except ImportError:  # pragma: no cover - where zlib-ng has no wheel
-    from zlib import crc32
+    from zlib_ng.zlib_ng import crc32 as crc32
+except ImportError:  # where zlib-ng has no wheel
+    from zlib import crc32 as crc32
 
 _POLYNOMIAL = 0xEDB88320
 _ZEROS = bytes(1 << 20)

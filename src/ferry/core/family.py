@@ -63,7 +63,7 @@ class Packed(NamedTuple):
     role: str
 
 
-def packed(name: str, *order: str) -> dict[str, Packed]:
+def packed(name: str, *order: str) -> dict[str, str | Packed]:
     """Return the roles of a packed tensor, as an item of `Family.weights`."""
     return {role: Packed(name, order, role) for role in order}
 
@@ -137,9 +137,7 @@ class Family:
         needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_groups", "head_dim", "vocab_size")
         missing = [self.sizes.get(key, SIZES[key])[0] for key in needed if key not in known]
         if missing:
-            raise InputError(
-                f"config.json of a {self.name} model has no {', '.join(missing)}", code="family.config"
-            )
+            raise InputError(f"config.json of a {self.name} model has no {', '.join(missing)}", code="family.config")
         return Dims(**known)
 
 
@@ -196,9 +194,7 @@ class Model:
         for part in self._parts():
             rows[part.name] = max(rows.get(part.name, 0), part.row + part.rows)
             parts[part.name] = part
-        return {
-            name: (rows[name],) if part.ndim == 1 else (rows[name], part.cols) for name, part in parts.items()
-        }
+        return {name: (rows[name],) if part.ndim == 1 else (rows[name], part.cols) for name, part in parts.items()}
 
     def _parts(self) -> list[Part]:
         parts = [self.part(EMBEDDING)]

@@ -1,9 +1,9 @@
 """How a stored tensor is laid out from canonical tensors, as rectangles: one description for both directions.
 
-A canonical tensor is a tensor of the Hugging Face checkpoint, seen as rows x columns (a vector has one column). A stored
-tensor, on one rank of some layout, is tiled by pieces: rectangles of canonical tensors. Reading a layout and writing it
-use the same pieces, so a layout described once is known in both directions, and two layouts compose through the
-canonical tensor. Rows that no piece covers are padding.
+A canonical tensor is a tensor of the Hugging Face checkpoint, seen as rows x columns (a vector has one column). A
+stored tensor, on one rank of some layout, is tiled by pieces: rectangles of canonical tensors. Reading a layout and
+writing it use the same pieces, so a layout described once is known in both directions, and two layouts compose through
+the canonical tensor. Rows that no piece covers are padding.
 """
 
 from __future__ import annotations

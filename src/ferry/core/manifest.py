@@ -2,8 +2,8 @@
 
 An artifact is a directory with a manifest. The manifest holds the sha256 of every tensor in its canonical (Hugging
 Face) form, a digest of every file, the resolved config that made it, and the whole lineage as compact nodes. Two
-artifacts with the same `model_sha256` hold the same model, whatever their layouts: that is what "nothing was lost" means.
-No absolute path is ever written here.
+artifacts with the same `model_sha256` hold the same model, whatever their layouts: that is what "nothing was lost"
+means. No absolute path is ever written here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SCHEMA = "ferry.artifact/1"
 
 @dataclass(frozen=True)
 class TensorDigest:
-    """A canonical tensor: safetensors dtype name, shape, sha256 of its row-major little-endian bytes ("" = not taken)."""
+    """A canonical tensor: safetensors dtype name, shape, sha256 of its row-major bytes ("" = not taken)."""
 
     dtype: str
     shape: tuple[int, ...]

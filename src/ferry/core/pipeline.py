@@ -43,10 +43,12 @@ def pipeline(
 def _block_sizes(num_layers: int, total: int, pp: int, vpp: int, layer_list: tuple[int, ...]) -> list[int]:
     if layer_list:
         if vpp > 1:
-            raise LayoutError("layer_list cannot be combined with vpp", code="layout.layer-list", repair="leave one out")
+            raise LayoutError(
+                "layer_list cannot be combined with vpp", code="layout.layer-list", repair="leave one out"
+            )
         if len(layer_list) != pp or sum(layer_list) != total or min(layer_list) < 0:
             raise LayoutError(
-                f"layer_list {','.join(map(str, layer_list))} has {len(layer_list)} stages and {sum(layer_list)} layers, "
+                f"layer_list {','.join(map(str, layer_list))} has {len(layer_list)} stages, {sum(layer_list)} layers, "
                 f"expected pp={pp} stages and {total} layers",
                 code="layout.layer-list",
             )

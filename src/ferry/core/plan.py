@@ -37,7 +37,7 @@ class Plan:
     @property
     def identity(self) -> str:
         """Return a sha256 that is equal for two plans that would do the same to the same inputs."""
-        same = {"verb": self.verb, "inputs": self.inputs, "details": self.details}
+        same: dict[str, Any] = {"verb": self.verb, "inputs": self.inputs, "details": self.details}
         same["files"] = [list(file) for file in self.files]
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 

@@ -37,7 +37,9 @@ class StagedDirectory:
             self._lock_fd = os.open(self._lock_path, os.O_CREAT | os.O_RDWR, 0o644)
         except OSError as error:
             raise OutputError(
-                f"cannot write beside {self.target}: {error.strerror}", code="output.unwritable", repair="choose another"
+                f"cannot write beside {self.target}: {error.strerror}",
+                code="output.unwritable",
+                repair="choose another",
             ) from None
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

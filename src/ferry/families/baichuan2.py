@@ -7,7 +7,9 @@ the same model_type and another vocabulary (64,000 instead of 125,696), and no N
 from ferry.core import family as f
 from ferry.families.llama import WEIGHTS
 
-OTHERS = {role: name for role, name in WEIGHTS.items() if role not in (f.QUERY, f.KEY, f.VALUE)}
+OTHERS: dict[str, str | f.Packed] = {
+    role: name for role, name in WEIGHTS.items() if role not in (f.QUERY, f.KEY, f.VALUE)
+}
 
 
 def _has_alibi(config: f.Config) -> bool:

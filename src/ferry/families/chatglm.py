@@ -23,9 +23,11 @@ FAMILY = f.Family(
     optional={
         "add_qkv_bias": f.packed(
             "transformer.encoder.layers.{layer}.self_attention.query_key_value.bias",
-            f.QUERY_BIAS, f.KEY_BIAS, f.VALUE_BIAS,
+            f.QUERY_BIAS,
+            f.KEY_BIAS,
+            f.VALUE_BIAS,
         )
-    },  # fmt: skip
+    },
     sizes={
         "num_layers": ("num_layers",),
         "ffn_hidden_size": ("ffn_hidden_size",),

@@ -3,7 +3,7 @@
 from ferry.core import family as f
 from ferry.families.llama import QKV_BIAS, WEIGHTS
 
-OTHERS = {role: name for role, name in WEIGHTS.items() if role not in (f.GATE, f.UP)}
+OTHERS: dict[str, str | f.Packed] = {role: name for role, name in WEIGHTS.items() if role not in (f.GATE, f.UP)}
 
 FAMILY = f.Family(
     name="glm",

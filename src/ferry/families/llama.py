@@ -1,4 +1,4 @@
-"""Llama and every model that kept its names: Llama 2, 3, 3.1, 3.2, Yi, SmolLM2. Source: transformers `LlamaForCausalLM`."""
+"""Llama and models that kept its names: Llama 2, 3, 3.1, 3.2, Yi, SmolLM2. Source: transformers `LlamaForCausalLM`."""
 
 from ferry.core import family as f
 

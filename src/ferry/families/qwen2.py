@@ -1,4 +1,4 @@
-"""Qwen1.5, Qwen2 and Qwen2.5: Llama's names with query, key and value biases. Source: transformers `Qwen2ForCausalLM`."""
+"""Qwen1.5, Qwen2 and Qwen2.5: Llama's names, query, key and value biases. Source: transformers `Qwen2ForCausalLM`."""
 
 from ferry.core import family as f
 from ferry.families.llama import QKV_BIAS, WEIGHTS

@@ -15,7 +15,9 @@ from ferry.core.family import Config, Family, Model
 @cache
 def families() -> dict[str, Family]:
     """Return all families by name."""
-    names = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "registry"))
+    names = sorted(
+        path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "registry")
+    )
     found = [import_module(f"ferry.families.{name}").FAMILY for name in names]
     return {family.name: family for family in found}
 

@@ -41,13 +41,13 @@ def file_sha256(path: Path) -> str:
 
 
 def tensor_digests(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str, TensorDigest]:
-    """Return the digest of every tensor of the Hugging Face form: canonical, carried, and copies of a tied embedding."""
+    """Return the digest of every tensor of the Hugging Face form: canonical, carried, copies of a tied embedding."""
     specs, shapes = checkpoint.specs(), checkpoint.model.canonical()
     found = {name: TensorDigest(spec.dtype, shapes[name], digests[name]) for name, spec in specs.items()}
     for name, (dtype, shape, data) in checkpoint.carried.items():
         found[name] = TensorDigest(dtype, shape, hashlib.sha256(data).hexdigest())
     embedding = checkpoint.model.part(EMBEDDING).name
-    found |= {name: found[embedding] for name in checkpoint.tied_copies}
+    found |= dict.fromkeys(checkpoint.tied_copies, found[embedding])
     return dict(sorted(found.items()))
 
 

@@ -1,8 +1,8 @@
 """What travels beside the shards, so that the way back needs no original model directory.
 
-    hf_assets/FILE                  config, tokenizer, chat template, remote code ... exactly as they were
-    hf_assets/.ferry/FILE.header    the raw header of each safetensors file the model came in
-    hf_assets/.ferry/carried.safetensors    tensors without a place in Megatron, if there are any
+hf_assets/FILE                  config, tokenizer, chat template, remote code ... exactly as they were
+hf_assets/.ferry/FILE.header    the raw header of each safetensors file the model came in
+hf_assets/.ferry/carried.safetensors    tensors without a place in Megatron, if there are any
 """
 
 from __future__ import annotations
@@ -71,6 +71,4 @@ def _read_carried(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     if not path.is_file():
         return {}
     data, header = path.read_bytes(), read_header(path)
-    return {
-        name: (entry.dtype, entry.shape, data[entry.start : entry.end]) for name, entry in header.tensors.items()
-    }
+    return {name: (entry.dtype, entry.shape, data[entry.start : entry.end]) for name, entry in header.tensors.items()}

@@ -85,9 +85,9 @@ def open_ranks(directory: Path) -> list[Rank]:
         ranks.append(Rank(first, second, third, archive))
     # With PP=1 and EP>1 the second number is the expert rank: only the args tell.
     args = arguments(ranks[0])
-    if not any(rank.ep for rank in ranks) and _as_int(args.get("expert_model_parallel_size")) > 1:
-        if _as_int(args.get("pipeline_model_parallel_size")) == 1:
-            ranks = [Rank(rank.tp, 0, rank.pp, rank.archive) for rank in ranks]
+    has_experts = _as_int(args.get("expert_model_parallel_size")) > 1
+    if has_experts and _as_int(args.get("pipeline_model_parallel_size")) == 1 and not any(rank.ep for rank in ranks):
+        ranks = [Rank(rank.tp, 0, rank.pp, rank.archive) for rank in ranks]
     sizes = [1 + max(getattr(rank, axis) for rank in ranks) for axis in ("tp", "pp", "ep")]
     if len({rank[:3] for rank in ranks}) != sizes[0] * sizes[1] * sizes[2]:
         raise InputError(
@@ -118,12 +118,12 @@ def open_megatron(directory: Path, hf_directory: Path | None = None) -> Checkpoi
     model = model_of(read_config(kept.assets.files["config.json"]), str(kept.assets.files["config.json"]))
     ranks = open_ranks(iteration)
     _check_version(ranks[0])
-    tensors = {rank[:3]: _chunk_tensors(rank) for rank in ranks}
+    tensors = {(rank.tp, rank.pp, rank.ep): _chunk_tensors(rank) for rank in ranks}
     layout = _detect_layout(model, ranks, tensors)
     slots: list[Slot] = []
     for rank in ranks:
         for chunk in _chunks(model, layout, rank.pp):
-            slots += _account(model, layout, chunk, rank, tensors[rank[:3]][chunk.virtual])
+            slots += _account(model, layout, chunk, rank, tensors[rank.tp, rank.pp, rank.ep][chunk.virtual])
     args = arguments(ranks[0])
     return Checkpoint(
         directory=top,
@@ -153,7 +153,7 @@ def _check_version(rank: Rank) -> None:
     version = rank.archive.structure.get("checkpoint_version", 0)
     if not isinstance(version, (int, float)) or version < 2.0:
         raise InputError(
-            f"{rank.archive.path} has checkpoint_version {version}, expected 2.0 or later (older ones order QKV otherwise)",
+            f"{rank.archive.path} has checkpoint_version {version}, expected 2.0 or later (QKV was ordered otherwise)",
             code="megatron.version",
             repair="load and save it once with a newer Megatron",
         )
@@ -176,7 +176,7 @@ def _flatten(value: Any, prefix: str) -> Iterator[tuple[str, TensorRef]]:
 
 
 def _detect_layout(
-    model: Model, ranks: list[Rank], tensors: dict[tuple[int, ...], list[dict[str, TensorRef]]]
+    model: Model, ranks: list[Rank], tensors: dict[tuple[int, int, int], list[dict[str, TensorRef]]]
 ) -> MegatronLayout:
     """Return the layout that the files themselves show; `args` tell only what files cannot."""
     args = arguments(ranks[0])
@@ -226,7 +226,9 @@ def _dialect(names: set[str]) -> str:
 def _expert_style(names: set[str]) -> str:
     if any(name.endswith("mlp.experts.weight1") for name in names):
         return "grouped"
-    return "te_grouped" if any(re.search(r"mlp\.experts\.linear_fc1\.weight\d", name) for name in names) else "sequential"
+    return (
+        "te_grouped" if any(re.search(r"mlp\.experts\.linear_fc1\.weight\d", name) for name in names) else "sequential"
+    )
 
 
 def _layer_numbers(names: dict[str, TensorRef]) -> Counter[int]:

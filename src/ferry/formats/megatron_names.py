@@ -1,8 +1,8 @@
 """Megatron's tensors: what each is called in three dialects, how it is split, and which roles it is made of.
 
-Dialects: `mcore` (megatron-core with its local layers), `te` (megatron-core with Transformer Engine layers, which keep a
-norm inside the linear that follows it) and `classic` (Megatron before megatron-core: nested dictionaries, "/" here).
-`rank_tensors` lists every tensor of one rank; reading compares with it and writing follows it, so neither can forget one.
+Dialects: `mcore` (megatron-core with its local layers), `te` (megatron-core with Transformer Engine layers, which keep
+a norm inside the linear that follows it) and `classic` (Megatron before megatron-core: nested dictionaries, "/" here).
+`rank_tensors` lists every tensor of one rank; reading compares with it and writing follows it: neither can forget one.
 """
 
 from __future__ import annotations
@@ -159,9 +159,7 @@ def _split(split: str, parts: list[cut.Part], model: Model, layout: MegatronLayo
     return splits[split]()
 
 
-def _experts(
-    model: Model, layout: MegatronLayout, layer: int, local_layer: int, tp: int, ep: int
-) -> dict[str, Local]:
+def _experts(model: Model, layout: MegatronLayout, layer: int, local_layer: int, tp: int, ep: int) -> dict[str, Local]:
     """Return the expert tensors of one layer on expert rank `ep`, in the layout's style."""
     own = model.dims.num_experts // layout.ep
     experts = range(ep * own, (ep + 1) * own)

@@ -15,6 +15,7 @@ from ferry.formats.hf_assets import pack_assets
 from ferry.formats.megatron import TRACKER, WEIGHTS, layout_facts
 from ferry.formats.megatron_args import build_args
 from ferry.formats.megatron_names import MegatronLayout, rank_tensors
+from ferry.formats.megatron_optimizer import OptimizerState, optimizer_structure
 from ferry.formats.pickles import Tensor
 from ferry.formats.torch_zip import ZipPlan, plan_zip
 
@@ -29,10 +30,15 @@ def rank_name(layout: MegatronLayout, tp: int, pp: int, ep: int) -> str:
 
 
 def draft_megatron(
-    source: Checkpoint, specs: dict[str, Spec], layout: MegatronLayout, directory: Path, iteration: str, divisible_by: int
+    source: Checkpoint,
+    layout: MegatronLayout,
+    directory: Path,
+    iteration: str,
+    divisible_by: int,
+    optimizer: OptimizerState | None = None,
 ) -> Draft:
     """Plan all ranks of a layout below `directory`. `iteration` is `release` or `iter_%07d`."""
-    model = source.model
+    model, specs = source.model, source.specs()
     chunks = pipeline(model.dims.num_layers, layout.pp, layout.vpp, layout.layer_list, layout.noop_layers)
     number = 0 if iteration == "release" else int(iteration.removeprefix("iter_"))
     dtype = next(iter(specs.values())).dtype
@@ -41,13 +47,16 @@ def draft_megatron(
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": number,
     }
+    if optimizer is not None:
+        base["args"].state.update(optimizer.arguments)  # type: ignore[attr-defined]
+        base |= {key: value for key, value in optimizer.extras.items() if key != "grad_scaler"}
     files = []
     for stage in range(layout.pp):
         own = [chunk for chunk in chunks if chunk.stage == stage]
         for ep in range(layout.ep):
             for tp in range(layout.tp):
                 path = directory / iteration / rank_name(layout, tp, stage, ep) / WEIGHTS
-                files.append(_rank_file(model, layout, own, (tp, ep), specs, base, path))
+                files.append(_rank_file(model, layout, own, (tp, ep), specs, base, path, optimizer))
     return Draft(
         format="megatron",
         files=tuple(files),
@@ -71,8 +80,11 @@ def _rank_file(
     specs: dict[str, Spec],
     base: dict[str, Any],
     path: Path,
+    optimizer: OptimizerState | None,
 ) -> TargetFile:
-    structure, placed = dict(base), []
+    structure: dict[str, Any] = dict(base)
+    placed: list[tuple[str, Local, Tensor]] = []
+    constants: dict[str, bytes] = {}
     for chunk in sorted(chunks, key=lambda chunk: chunk.virtual):
         flat: dict[str, Tensor] = {}
         for name, local in rank_tensors(model, layout, chunk, *rank).items():
@@ -81,7 +93,10 @@ def _rank_file(
             placed.append((name, local, tensor))
         key = "model" if layout.vpp == 1 else f"model{chunk.virtual}"
         structure[key] = _nest(flat) if layout.names == "classic" else flat
-    plan = plan_zip(structure, name=WEIGHTS.removesuffix(".pt"))
+    if optimizer is not None:
+        structure["optimizer"], states, constants = optimizer_structure(optimizer, placed)
+        placed += states
+    plan = plan_zip(structure, name=WEIGHTS.removesuffix(".pt"), constants=constants)
     slots = tuple(
         Slot(path, plan.payload_offset(tensor.key), tensor.dtype, local, name) for name, local, tensor in placed
     )

@@ -83,15 +83,16 @@ class ZipPlan:
         os.pwrite(fd, _central_directory(self.members, known, directory_offset), self.base + directory_offset)
 
 
-def plan_zip(structure: Any, *, name: str, base: int = 0, tensors: dict[str, Tensor] | None = None) -> ZipPlan:
-    """Plan an archive for a structure that contains `Tensor` values (found by walking it, or given)."""
-    found = tensors if tensors is not None else {tensor.key: tensor for tensor in _walk(structure)}
+def plan_zip(structure: Any, *, name: str, base: int = 0, constants: dict[str, bytes] | None = None) -> ZipPlan:
+    """Plan an archive for a structure that contains `Tensor` values; `constants` are storages known already, by key."""
+    constants = constants or {}
+    found = {tensor.key: tensor for tensor in _walk(structure) if tensor.key not in constants}
     contents = {f"{name}/data.pkl": write_pickle(structure), f"{name}/byteorder": b"little"}
     sizes = {member: len(content) for member, content in contents.items()}
     payload_keys = {key: f"{name}/data/{key}" for key in found}
     sizes |= {payload_keys[key]: num_bytes(tensor.dtype, tensor.shape) for key, tensor in found.items()}
-    contents[f"{name}/version"] = b"3\n"
-    sizes[f"{name}/version"] = 2
+    contents |= {f"{name}/data/{key}": data for key, data in constants.items()} | {f"{name}/version": b"3\n"}
+    sizes |= {member: len(content) for member, content in contents.items()}
     members, position = [], 0
     for member, size in sizes.items():
         data_offset = position + 30 + len(member.encode()) + _zip64_bytes(size) + 4

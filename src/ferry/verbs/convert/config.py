@@ -1,7 +1,7 @@
 """The options of `ferry convert`, and how the seed manual's variables and flags map to them.
 
-The manual's script takes the same variables in both directions with different meanings; `interpret` gives each value its
-meaning once the direction is known. The table is in docs/how-to/convert.md.
+The manual's script takes the same variables in both directions with different meanings; `interpret` gives each value
+its meaning once the direction is known. The table is in docs/how-to/convert.md.
 """
 
 from __future__ import annotations
@@ -80,7 +80,10 @@ class ConvertConfig(VerbConfig):
         help="Model directory with config and tokenizer, for shards that bring none, or to take the tokenizer from.",
     )  # fmt: skip
     max_shard_size: int = option(
-        5_000_000_000, ge=1_000_000, unit="bytes", help="Size of the Hugging Face weight files, where new ones are made."
+        5_000_000_000,
+        ge=1_000_000,
+        unit="bytes",
+        help="Size of the Hugging Face weight files, where new ones are made.",
     )
     optimizer: Literal["carry", "leave"] = option(
         "carry", help="Optimizer state between Megatron layouts: carry it or refuse, or leave it behind knowingly."
@@ -116,7 +119,7 @@ class ConvertConfig(VerbConfig):
             return layers
         if direction == "mg2hf":
             layers = [_as_source_check(layer) for layer in layers]
-        meant = {}
+        meant: dict[str, str] = {}
         for key, names in (("source", SOURCES[direction]), ("target", TARGETS[direction])):
             found = next((name for name in names if merged.get(name)), None)
             if found and not merged.get(key):
@@ -124,7 +127,7 @@ class ConvertConfig(VerbConfig):
         if not meant:
             return layers
         values = {key: merged[name] for key, name in meant.items()}
-        origins = {key: f"environment {name.upper()}" for key, name in meant.items()}
+        origins: dict[str, str] = {key: f"environment {name.upper()}" for key, name in meant.items()}
         return [Layer("environment", values, origins), *layers]
 
 
@@ -146,7 +149,7 @@ def _positional_paths(layer: Layer) -> Layer:
 
 def _as_source_check(layer: Layer) -> Layer:
     """On the way to Hugging Face, TP and PP from the environment describe the shards that are read."""
-    moved = {
+    moved: dict[str, str] = {
         key: f"source_{key}"
         for key in ("tp", "pp")
         if key in layer.values and layer.origin_of(key).startswith("environment")

@@ -19,6 +19,7 @@ from ferry.formats.hf import find_assets, missing_assets
 from ferry.formats.hf_write import draft_hf
 from ferry.formats.megatron_args import scaling_note
 from ferry.formats.megatron_names import MegatronLayout
+from ferry.formats.megatron_optimizer import OptimizerState, read_optimizer
 from ferry.formats.megatron_write import draft_megatron
 from ferry.formats.opening import open_checkpoint
 from ferry.verbs.convert.config import ConvertConfig
@@ -48,12 +49,13 @@ class Prepared:
     vocab_multiple: int
     max_shard_bytes: int
     format: str
+    optimizer: OptimizerState | None
 
     def draft(self, directory: Path) -> Draft:
         """Plan every file of the result below a directory."""
         if self.layout is None:
             return draft_hf(self.source, self.specs, directory, self.max_shard_bytes)
-        return draft_megatron(self.source, self.specs, self.layout, directory, self.iteration, self.vocab_multiple)
+        return draft_megatron(self.source, self.layout, directory, self.iteration, self.vocab_multiple, self.optimizer)
 
 
 def plan(config: ConvertConfig) -> Plan:
@@ -129,13 +131,16 @@ def prepare(config: ConvertConfig) -> Prepared:
         head = source.model.part(HEAD).name
         transforms[head] = normalise_rows
         changes.append(f"{head}: each row divided by its length (NormHead), as the model does at run time")
-    changes += _training_state(config, source, direction)
+    optimizer, left_behind = _training_state(config, source, direction)
+    changes += left_behind
+    if optimizer is not None:
+        choices.append(f"optimizer state: {len(optimizer.specs)} tensors ({', '.join(optimizer.kinds)}) carried along")
     note = scaling_note(source.model.config)
     choices += [note] if note and layout else []
     return Prepared(
         direction=direction,
         source=source,
-        specs=source.specs(),
+        specs=source.specs() | (optimizer.specs if optimizer else {}),
         layout=layout,
         target=target,
         transforms=transforms,
@@ -145,6 +150,7 @@ def prepare(config: ConvertConfig) -> Prepared:
         vocab_multiple=_vocab_multiple(config, source),
         max_shard_bytes=config.max_shard_size,
         format=config.format,
+        optimizer=optimizer,
     )
 
 
@@ -264,7 +270,9 @@ def _check_splits(config: ConvertConfig, model: Model) -> None:
     if config.ep not in model.legal_ep():
         what = f"num_experts={dims.num_experts}" if dims.num_experts else "a model without experts"
         raise LayoutError(
-            f"ep={config.ep} does not divide {what} ({name})", code="layout.ep", repair=f"use {_either(model.legal_ep())}"
+            f"ep={config.ep} does not divide {what} ({name})",
+            code="layout.ep",
+            repair=f"use {_either(model.legal_ep())}",
         )
 
 
@@ -273,20 +281,25 @@ def _either(values: list[int]) -> str:
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"
 
 
-def _training_state(config: ConvertConfig, source: Checkpoint, direction: str) -> list[str]:
-    """Say what becomes of optimizer state; refuse to lose it silently."""
+def _training_state(
+    config: ConvertConfig, source: Checkpoint, direction: str
+) -> tuple[OptimizerState | None, list[str]]:
+    """Return the optimizer state to carry, and what is left behind in words; refuse to lose anything silently."""
     state = source.layout.get("training_state") or []
     if not state:
-        return []
+        return None, []
     if direction == "mg2hf":
-        return [f"{', '.join(state)} stay behind: a Hugging Face model has no place for them"]
+        return None, [f"{', '.join(state)} stay behind: a Hugging Face model has no place for them"]
     if config.optimizer == "leave":
-        return [f"{', '.join(state)} left behind as asked (--optimizer leave)"]
-    raise LayoutError(
-        f"{source.directory} holds {', '.join(state)}, which cannot be carried to another layout unambiguously",
-        code="layout.optimizer",
-        repair="--optimizer leave converts the weights alone; the trainer then starts with --no-load-optim",
-    )
+        return None, [f"{', '.join(state)} left behind as asked (--optimizer leave)"]
+    if source.format != "megatron" or config.format != "torch" or "optimizer" not in state:
+        raise LayoutError(
+            f"{source.directory} holds {', '.join(state)}; they are carried between legacy torch layouts only",
+            code="layout.optimizer",
+            repair="--optimizer leave converts the weights alone; the trainer then starts with --no-load-optim",
+        )
+    lost = "random states belong to single ranks and stay behind: start with --no-load-rng"
+    return read_optimizer(source), [lost]
 
 
 def _iteration(config: ConvertConfig, source: Checkpoint) -> str:

@@ -8,11 +8,15 @@ from ferry.core.verb import Result
 
 def report(result: Result) -> str:
     """Return what was made, and where the proof is."""
-    lines = [f"{result['direction']}: {result['tensors']} tensors, {size_text(result['bytes'])} -> {result['artifact']}"]
+    lines = [
+        f"{result['direction']}: {result['tensors']} tensors, {size_text(result['bytes'])} -> {result['artifact']}"
+    ]
     if result["model_sha256"]:
         lines.append(f"model sha256  {result['model_sha256']}")
     if result["same_as_parent"]:
-        lines.append(f"same model as its source: {result['tensors_checked']} of {result['tensors']} tensors bit for bit")
+        lines.append(
+            f"same model as its source: {result['tensors_checked']} of {result['tensors']} tensors bit for bit"
+        )
     elif result["parent_model_sha256"] and result["model_sha256"]:
         lines.append("differs from its source as declared below")
     if result["restored"]:

@@ -46,18 +46,17 @@ def run(config: ConvertConfig, reporter: Reporter) -> Result:
         "direction": prepared.direction,
         "family": prepared.source.model.family.name,
         "layout": draft.layout,
-        "tensors": len(prepared.specs),
+        "tensors": len(manifest.tensors),
         "files": len(manifest.files),
         "bytes": need_bytes,
         "model_sha256": manifest.model_sha256,
         "parent_model_sha256": promised.model_sha256 if promised else "",
-        "same_as_parent": bool(promised) and bool(manifest.model_sha256)
-        and manifest.model_sha256 == promised.model_sha256,
+        "same_as_parent": promised is not None and manifest.model_sha256 == promised.model_sha256 != "",
         "tensors_checked": checked,
         "restored": bool(draft.layout.get("restored")),
         "changes": list(prepared.changes),
         "choices": list(prepared.choices),
-    }  # fmt: skip
+    }
 
 
 def _check_foreign(source: Checkpoint, reporter: Reporter) -> None:
@@ -79,7 +78,7 @@ def _carry(prepared: Prepared, draft: Draft, config: ConvertConfig, reporter: Re
     reporter.start(f"carrying {len(prepared.specs)} tensors", total)
     digests = carry(
         prepared.specs,
-        prepared.source.slots,
+        prepared.source.slots + (prepared.optimizer.slots if prepared.optimizer else ()),
         draft.files,
         reporter=reporter,
         digests=config.hash,
@@ -136,6 +135,9 @@ def _manifest(
     proofs = [{"check": "digest of every tensor read equals the parent's manifest", "parent": promised.id}] if (
         promised and config.hash
     ) else []  # fmt: skip
+    optimizer = {}
+    if prepared.optimizer is not None:
+        optimizer = {"optimizer_sha256": {name: digests[name] for name in sorted(prepared.optimizer.specs)}}
     parents = promised.ancestry() if promised else (_outsider(prepared, digests),)
     return Manifest(
         kind={"hf": "hf-model"}.get(draft.format, f"{draft.format.replace('_', '-')}-checkpoint"),
@@ -145,7 +147,7 @@ def _manifest(
         config=settings,
         tensors=tensor_digests(prepared.source, digests),
         files=file_digests(directory, (slot for file in draft.files for slot in file.slots)),
-        details={"family": prepared.source.model.family.name, "layout": draft.layout},
+        details={"family": prepared.source.model.family.name, "layout": draft.layout} | optimizer,
         changes=prepared.changes,
         proofs=tuple(proofs),
         parents=(parents[0].id,),
@@ -156,6 +158,6 @@ def _manifest(
 def _outsider(prepared: Prepared, digests: dict[str, str]) -> Node:
     """Return a node for a source without a manifest: all that is known of it is what was just read."""
     source = prepared.source
-    before = {name: digests.get(f"{name} (source)", digests[name]) for name in prepared.specs}
+    before = {name: digests.get(f"{name} (source)", digests[name]) for name in source.specs()}
     read = Manifest(kind=source.format, name="", verb="", summary="", tensors=tensor_digests(source, before))
     return Node(read.id, source.format, source.directory.name, "", "came without a manifest", "", read.model_sha256)

@@ -90,6 +90,6 @@ def _tokens(result: Result) -> list[str]:
 def _tensors(tensors: list[dict[str, Any]]) -> list[str]:
     width = max(len(tensor["name"]) for tensor in tensors)
     return [
-        f"  {tensor['name']:<{width}}  {tensor['dtype']:<5} {str(tensor['shape']):<16} {tensor.get('file', '')}"
+        f"  {tensor['name']:<{width}}  {tensor['dtype']:<5} {tensor['shape']!s:<16} {tensor.get('file', '')}"
         for tensor in tensors
     ]

@@ -79,9 +79,7 @@ def _read(checkpoint: Checkpoint, config: VerifyConfig, reporter: Reporter) -> d
     return tensor_digests(checkpoint, digests)
 
 
-def compare_tensors(
-    expected: dict[str, TensorDigest], found: dict[str, TensorDigest], where: str
-) -> list[str]:
+def compare_tensors(expected: dict[str, TensorDigest], found: dict[str, TensorDigest], where: str) -> list[str]:
     """Return one line for every tensor that is missing, extra, or different."""
     lines = [f"tensor {name} is missing (it is in {where})" for name in expected if name not in found]
     lines += [f"tensor {name} is not in {where}" for name in found if name not in expected]
