@@ -149,9 +149,7 @@ def shortest(value: float) -> float:
 
 def _field(file: GgufFile, key: str, default: Any = None) -> Any:
     name = f"{file.metadata['general.architecture']}.{key}"
-    value = file.metadata.get(name, default)
-    if value is None:
-        raise InputError(f"{file.path} has no metadata {name}", code="gguf.metadata")
+    value = file.required(name) if default is None else file.metadata.get(name, default)
     if isinstance(value, list):  # one value per layer
         if len(set(value)) != 1:
             raise InputError(

@@ -37,6 +37,12 @@ class GgufFile:
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
 
+    def required(self, key: str) -> Any:
+        """Return a value that the file must have."""
+        if key not in self.metadata:
+            raise InputError(f"{self.path} has no metadata {key}", code="gguf.metadata")
+        return self.metadata[key]
+
 
 def read_gguf(path: Path) -> GgufFile:
     """Return the header of a GGUF file after checking that every tensor lies inside the file."""

@@ -107,13 +107,13 @@ def _tokenizer(file: GgufFile, pre: PreTokenizer, special: dict[str, str]) -> di
             "byte_fallback": False,
             "ignore_merges": pre.ignore_merges,
             "vocab": vocab,
-            "merges": [merge.split(" ") for merge in file.metadata["tokenizer.ggml.merges"]],
+            "merges": [merge.split(" ") for merge in file.required("tokenizer.ggml.merges")],
         },
     }
 
 
 def _tokens(file: GgufFile) -> tuple[list[str], list[int]]:
-    tokens = file.metadata["tokenizer.ggml.tokens"]
+    tokens = file.required("tokenizer.ggml.tokens")
     types = file.metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     num_rows = file.tensors["token_embd.weight"].shape[0]
     if len(types) != len(tokens) or len(tokens) > num_rows:
@@ -170,7 +170,7 @@ def _tokenizer_config(file: GgufFile, pre: PreTokenizer, special: dict[str, str]
         **special,
         "add_bos_token": _adds_bos(file, pre),
         "clean_up_tokenization_spaces": False,
-        "model_max_length": file.metadata[f"{architecture}.context_length"],
+        "model_max_length": file.required(f"{architecture}.context_length"),
         # Named after the generic class: those of a model bring a pre-tokenizer of their own.
         "tokenizer_class": "PreTrainedTokenizerFast",
     }

@@ -63,11 +63,15 @@ def _manifest(config: PullConfig, source: Source, fetched: Fetched, name: str) -
         },
         tensors=fetched.tensors,
         files=fetched.files,
-        details={"source": fetched.description},
+        details={"source": fetched.description, "layout": {"files": _weight_files(fetched)}},
         changes=fetched.changes,
         parents=(parent.id,) if parent else (),
         lineage=parent.ancestry() if parent else (),
     )
+
+
+def _weight_files(fetched: Fetched) -> list[str]:
+    return sorted(name for name in fetched.files if name.endswith((".safetensors", ".bin")))
 
 
 def _is_name(fetched: Fetched) -> bool:
