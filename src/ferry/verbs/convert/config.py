@@ -143,8 +143,8 @@ def _positional_paths(layer: Layer) -> Layer:
     if "source" in values:
         values["target"] = values.pop("source")
     values["source"] = word
-    origins = {key: layer.origin_of("direction") for key in ("source", "target") if key in values}
-    return Layer(layer.origin, values, {**layer.origins, **origins}, layer.problems)
+    moved: dict[str, str] = {key: layer.origin_of("direction") for key in ("source", "target") if key in values}
+    return Layer(layer.origin, values, {**layer.origins, **moved}, layer.problems)
 
 
 def _as_source_check(layer: Layer) -> Layer:
