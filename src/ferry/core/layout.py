@@ -9,6 +9,7 @@ the canonical tensor. Rows that no piece covers are padding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,17 +41,21 @@ class Piece(NamedTuple):
 
 
 class Local(NamedTuple):
-    """A stored tensor on one rank: its size, its pieces, and how many of its last rows are padding."""
+    """A stored tensor on one rank: its size, its pieces, and how many of its last rows are padding.
+
+    `declared` is the shape its file gives it, where that is not (rows, cols): the same bytes, seen otherwise.
+    """
 
     rows: int
     cols: int
     ndim: int
     pieces: tuple[Piece, ...]
     pad_rows: int = 0
+    declared: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.rows,) if self.ndim == 1 else (self.rows, self.cols)
+        return self.declared or ((self.rows,) if self.ndim == 1 else (self.rows, self.cols))
 
 
 class Slot(NamedTuple):
@@ -132,11 +137,7 @@ def below_each_other(locals_: Sequence[Local]) -> Local:
     return Local(rows, locals_[0].cols, 2, tuple(pieces))
 
 
-def beside_each_other(locals_: Sequence[Local]) -> Local:
-    """Return stored tensors of equal height put into one, columns after columns."""
-    pieces: list[Piece] = []
-    cols = 0
-    for local in locals_:
-        pieces += [piece._replace(at_col=cols + piece.at_col) for piece in local.pieces]
-        cols += local.cols
-    return Local(locals_[0].rows, cols, 2, tuple(pieces))
+def declared(local: Local, shape: tuple[int, ...]) -> Local:
+    """Return the same bytes under another shape."""
+    assert prod(shape) == local.rows * local.cols
+    return local._replace(declared=shape)

@@ -170,8 +170,10 @@ def _experts(model: Model, layout: MegatronLayout, layer: int, local_layer: int,
     fc2 = [cut.columns(model.part(f.EXPERT_DOWN, layer, expert), layout.tp, tp) for expert in experts]
     prefix = _LAYER.format(layer=local_layer) + "mlp.experts."
     if layout.experts == "grouped":
+        # Megatron declares weight1 as [hidden, experts * 2F] and then views it as [experts, hidden, 2F].
+        weight1 = cut.below_each_other([cut.transposed(local) for local in fc1])
         return {
-            prefix + "weight1": cut.beside_each_other([cut.transposed(local) for local in fc1]),
+            prefix + "weight1": cut.declared(weight1, (model.dims.hidden_size, own * weight1.cols)),
             prefix + "weight2": cut.below_each_other([cut.transposed(local) for local in fc2]),
         }
     pattern = "local_experts.{j}.{linear}.weight" if layout.experts == "sequential" else "{linear}.weight{j}"
