@@ -16,11 +16,12 @@ def verb_help(verb: Verb) -> str:
     config_class = load_config(verb)
     options = options_of(config_class, verb.name)
     places = [option for option in options if option.positional]
-    about = cleandoc(config_class.__doc__ or "")
+    # The first paragraph of a config's docstring says what the summary says.
+    about = cleandoc(config_class.__doc__ or "").partition("\n\n")[2]
     parts = [
         f"usage: ferry {' '.join([verb.name, *(_place(option) for option in places), '[flags]'])}",
         verb.summary,
-        "" if about == verb.summary else about,
+        about,
         _table("arguments (by place or by flag):", places),
         _table("flags:", [option for option in options if not option.positional]),
         _common(verb),

@@ -19,7 +19,7 @@ from ferry.core.units import duration_text, size_text
 
 DRAW_INTERVAL_S = 0.1
 LOG_INTERVAL_S = 10.0
-BAR_WIDTH = 24
+BAR_WIDTHS = (24, 12, 0)
 NUM_FILES_SHOWN = 40
 
 
@@ -89,7 +89,9 @@ class TerminalReporter(Reporter):
         work = self._works[-1]
         if self._is_terminal:
             width = shutil.get_terminal_size().columns - 1
-            self._stream.write(f"\r{_progress(work, BAR_WIDTH)[:width]}\x1b[K")
+            lines = [_progress(work, bar_width) for bar_width in BAR_WIDTHS]
+            line = next((line for line in lines if len(line) <= width), lines[-1][:width])
+            self._stream.write(f"\r{line}\x1b[K")
             self._line_is_drawn = True
         else:
             self._stream.write(f"{_progress(work, 0)}\n")

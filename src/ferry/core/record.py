@@ -112,7 +112,12 @@ def open_record(
         making.mkdir(parents=True)
         lock_fd = os.open(making / "lock", os.O_CREAT | os.O_RDWR, 0o644)
         fcntl.flock(lock_fd, fcntl.LOCK_EX)
-        described = {"verb": verb, "argv": sys.argv[1:], "config": dict(config), "origins": dict(origins)}
+        described: dict[str, Any] = {
+            "verb": verb,
+            "argv": sys.argv[1:],
+            "config": dict(config),
+            "origins": dict(origins),
+        }
         described |= {"directory": os.getcwd(), "process": os.getpid(), "started": time.time()}
         write_file(making / "config.json", _json_bytes(described))
         write_file(making / "environment.json", _json_bytes(environment()))
