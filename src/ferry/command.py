@@ -105,9 +105,11 @@ def _find(name: str) -> Verb:
     verbs = discover()
     if name in verbs:
         return verbs[name]
-    kind = "flag" if name.startswith("-") else "verb"
     near = did_you_mean(name, [*verbs, "--help", "--version"])
-    raise ConfigError(f"unknown {kind} {name!r}{near}", code=f"cli.unknown-{kind}", repair="see `ferry --help`")
+    if name.startswith("-"):
+        text = f"unknown flag {name!r} before the verb{near}"
+        raise ConfigError(text, code="cli.unknown-flag", repair="flags of a verb follow it: `ferry VERB --flag`")
+    raise ConfigError(f"unknown verb {name!r}{near}", code="cli.unknown-verb", repair="see `ferry --help`")
 
 
 def _defect(name: str, error: Exception) -> dict[str, Any]:
