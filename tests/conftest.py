@@ -13,8 +13,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from models import Shelf
 
 REPOSITORY = Path(__file__).parent.parent
 SMOLLM2_SHA256 = "28d23e373e32314d378456e8752b5b62f45d33341cadc248e1b3569354dd27e6"
@@ -73,3 +77,11 @@ def _alone(lock: Path) -> Iterator[None]:
     with open(lock, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    """Small random models of every family by name: `models("qwen2-tied")`. Read them, never write into them."""
+    from models import Shelf
+
+    return Shelf(tmp_path_factory.mktemp("models"))
