@@ -58,11 +58,19 @@ class Opaque:
 
     kind = Global("", "")
 
-    def __init__(self, *args: Any, **fields: Any) -> None:
-        self.args = args
-        self.fields = fields
-        self.state: Any = None
-        self.items: list[Any] = []
+    args: tuple[Any, ...]
+    fields: dict[str, Any]
+    state: Any
+    items: list[Any]
+
+    # In __new__, because pickles of protocol 2 and later make objects without calling __init__.
+    def __new__(cls, *args: Any, **fields: Any) -> Opaque:
+        made = super().__new__(cls)
+        made.args, made.fields, made.state, made.items = args, fields, None, []
+        return made
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -92,9 +100,15 @@ class Fields(dict[str, Any]):
 
     kind = Global("", "")
 
-    def __init__(self, *args: Any, **fields: Any) -> None:
+    args: tuple[Any, ...]
+
+    def __new__(cls, *args: Any, **fields: Any) -> Fields:
+        made = super().__new__(cls)
+        made.args = args
+        return made
+
+    def __init__(self, *_: Any, **fields: Any) -> None:
         super().__init__(fields)
-        self.args = args
 
     def __setstate__(self, state: Any) -> None:
         parts = state if isinstance(state, tuple) else (state,)

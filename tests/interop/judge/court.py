@@ -209,9 +209,9 @@ def _load_torch(models: list[GPTModel], shard: dict[str, Any]) -> None:
 
 def _load_torch_dist(models: list[GPTModel], directory: Path, job: Job) -> None:
     """Load all virtual stages at once: megatron-core checks that every chunk is asked for exactly once."""
-    answer, missing, unexpected = dist_checkpointing.load(
-        _sharded(models, job), str(directory), strict=StrictHandling.RETURN_ALL
-    )
+    handling = StrictHandling(job["strict"])
+    answer = dist_checkpointing.load(_sharded(models, job), str(directory), strict=handling)
+    answer, missing, unexpected = answer if handling is StrictHandling.RETURN_ALL else (answer, (), ())
     missing = sorted(key for key in missing if "_extra_state" not in key)
     unexpected = sorted(key for key in unexpected if "_extra_state" not in key)
     assert not missing, f"missing {len(missing)}: {missing[:5]}"

@@ -46,13 +46,15 @@ def megatron_logits(
     grouped_gemm: bool = False,
     divisible_by: int = 1,
     metadata: dict[str, Any] | None = None,
+    strict: str = "return_all",
     tokens: list[list[int]] | None = None,
 ) -> np.ndarray:
     """Return megatron-core's logits [batch, length, vocab_size] for `checkpoint_dir` loaded at this layout.
 
     Missing or unexpected tensors and other shapes raise JudgeError. With `fields="args"` the model is built from the
     `args` in the checkpoint, as `--use-checkpoint-args` does, not from the Hugging Face config. `divisible_by` must be
-    the value the checkpoint was padded with (unless `fields="args"`).
+    the value the checkpoint was padded with (unless `fields="args"`). `strict` is how megatron-core treats keys of a
+    torch_dist checkpoint that do not match; its own default is "assume_ok_unexpected".
     """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "logits.npy"
@@ -60,7 +62,7 @@ def megatron_logits(
             action="logits", checkpoint=str(checkpoint_dir), hf=str(hf_dir), tp=tp, pp=pp, ep=ep,
             vpp=vpp if vpp and vpp > 1 else None, format=fmt, dtype=_torch_name(dtype), fields=fields,
             layer_list=layer_list, grouped_gemm=grouped_gemm, divisible_by=divisible_by, metadata=metadata,
-            tokens=tokens or TOKENS, out=str(out),
+            strict=strict, tokens=tokens or TOKENS, out=str(out),
         )  # fmt: skip
         return np.load(out)
 
