@@ -7,6 +7,7 @@ tied model may keep, or a tensor the family carries along. Writing is in `hf_wri
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from ferry.core.dtypes import num_bytes
 from ferry.core.errors import InputError
 from ferry.core.family import EMBEDDING, HEAD, Model
 from ferry.core.layout import Part, Slot, whole
+from ferry.core.manifest import MANIFEST_NAME
 from ferry.core.safetensors import read_header
 from ferry.families.registry import model_of, read_config
 from ferry.formats.checkpoint import Assets, Checkpoint
@@ -69,14 +71,17 @@ def open_hf(directory: Path) -> Checkpoint:
 
 
 def find_assets(directory: Path) -> Assets:
-    """Return every file of a model directory that is neither weights nor Ferry's own."""
+    """Return every file of a model directory that is neither weights nor Ferry's own, nor part of another artifact."""
     files = {}
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        hidden = any(part.startswith(".") for part in Path(name).parts)
-        if path.is_file() and not hidden and not is_weight_file(name) and name != "ferry.json":
-            files[name] = path
-    return Assets(files)
+    for folder, folders, names in os.walk(directory):
+        place = Path(folder)
+        inside = [name for name in folders if not name.startswith(".") and not (place / name / MANIFEST_NAME).is_file()]
+        folders[:] = sorted(inside)
+        for name in names:
+            path = place / name
+            if not name.startswith(".") and not is_weight_file(name) and name != MANIFEST_NAME and path.is_file():
+                files[path.relative_to(directory).as_posix()] = path
+    return Assets(dict(sorted(files.items())))
 
 
 def is_weight_file(name: str) -> bool:
