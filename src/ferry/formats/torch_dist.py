@@ -92,6 +92,8 @@ def open_torch_dist(directory: Path, hf_directory: Path | None = None) -> Checkp
     kept = read_assets(top, hf_directory)
     model = model_of(read_config(kept.assets.files["config.json"]), str(kept.assets.files["config.json"]))
     common = open_torch(iteration / COMMON).structure
+    if not isinstance(common, dict):
+        raise InputError(f"{iteration / COMMON} holds no dictionary", code="torch-dist.common")
     args = common["args"] if isinstance(common.get("args"), dict) else {}
     if args.get("noop_layers"):
         raise InputError(f"{iteration} was trained with noop layers", code="torch-dist.noop")
