@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from types import FrameType
 from typing import Any
@@ -34,13 +34,13 @@ class Stopped(BaseException):
         self.exit_status = 128 + signum
 
 
-def execute(name: str, words: Sequence[str]) -> int:
-    """Run one verb and return the exit status; every error becomes one line."""
+def execute(name: str, words: Sequence[str], verbs: Mapping[str, Verb] | None = None) -> int:
+    """Run one verb (of `verbs`; by default of all there are) and return the exit status; every error is one line."""
     own_words = words[: words.index("--")] if "--" in words else words
     as_json = "--json" in own_words
     try:
         with _signals():
-            verb = _find(name)
+            verb = _find(name, discover() if verbs is None else verbs)
             if "--help" in own_words or "-h" in own_words:
                 from ferry.help import verb_help
 
@@ -101,14 +101,16 @@ def _run(verb: Verb, config: VerbConfig, reporter: TerminalReporter, record: Rec
     return result
 
 
-def _find(name: str) -> Verb:
-    verbs = discover()
+def _find(name: str, verbs: Mapping[str, Verb]) -> Verb:
     if name in verbs:
         return verbs[name]
     near = did_you_mean(name, [*verbs, "--help", "--version"])
     if name.startswith("-"):
-        text = f"unknown flag {name!r} before the verb{near}"
-        raise ConfigError(text, code="cli.unknown-flag", repair="flags of a verb follow it: `ferry VERB --flag`")
+        raise ConfigError(
+            f"unknown flag {name!r} before the verb{near}",
+            code="cli.unknown-flag",
+            repair="flags of a verb follow it: `ferry VERB --flag`",
+        )
     raise ConfigError(f"unknown verb {name!r}{near}", code="cli.unknown-verb", repair="see `ferry --help`")
 
 

@@ -50,7 +50,7 @@ class TerminalReporter(Reporter):
         self._drawn_s = time.monotonic()
         self._line_is_drawn = False
 
-    def event(self, name: str, **fields: Any) -> None:
+    def event(self, name: str, /, **fields: Any) -> None:
         if self._record is not None:
             self._record.event(name, **fields)
 
@@ -71,6 +71,13 @@ class TerminalReporter(Reporter):
             work = self._works.pop()
             self.clear()
         self.event("finished", label=work.label, num_bytes=work.done_bytes, seconds=round(work.elapsed_s, 3))
+
+    def say(self, text: str) -> None:
+        with self._lock:
+            self.clear()
+            if not self._quiet:
+                self._stream.write(f"{text}\n")
+                self._stream.flush()
 
     def clear(self) -> None:
         """Remove the drawn line, so that other output starts on a clean one."""

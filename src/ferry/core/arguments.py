@@ -43,8 +43,10 @@ class _Words:
         if option.name in self.values and isinstance(old, list) and isinstance(value, list):
             value = old + value
         elif option.name in self.values and old != value:
-            text = f"{option.name} is given twice: {old} by {self.origins[option.name]}, {value} by {origin}"
-            self.problems.append(Problem("config.conflict", text))
+            first = self.origins[option.name]
+            self.problems.append(
+                Problem("config.conflict", f"{option.name} is given twice: {old} by {first}, {value} by {origin}")
+            )
         self.values[option.name] = value
         self.origins[option.name] = origin
 

@@ -8,7 +8,7 @@ fields are named at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -114,6 +114,23 @@ def resolve(config_class: type[C], layers: Iterable[Layer]) -> Resolved[C]:
     return Resolved(config, origins)
 
 
+def problems_of(config_class: type[VerbConfig], layers: Sequence[Layer], pending: Collection[str]) -> list[Problem]:
+    """Return what is wrong with values of which some, the `pending` fields, will only be known later."""
+    interpreted = config_class.interpret(list(layers))
+    problems = [problem for layer in interpreted for problem in layer.problems]
+    for layer in interpreted:
+        problems += _unknown_keys(config_class, layer)
+    values, origins = merge(interpreted)
+    try:
+        config_class.model_validate({name: value for name, value in values.items() if name in config_class.model_fields})
+    except ValidationError as error:
+        for detail in error.errors():
+            # A rule about several fields (no place) cannot be judged while some are unknown.
+            if not pending or (detail["loc"] and detail["loc"][0] not in pending):
+                problems.append(_explain(config_class, detail, origins))
+    return problems
+
+
 def merge(layers: Iterable[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the merged values, and the origin of each leaf by dotted path. Mappings merge key by key."""
     values: dict[str, Any] = {}
@@ -129,9 +146,10 @@ def raise_problems(problems: Sequence[Problem]) -> None:
     codes = {problem.code for problem in problems}
     if not texts:
         return
-    code = codes.pop() if len(codes) == 1 else "config.invalid"
     message = texts[0] if len(texts) == 1 else "\n  ".join([f"{len(texts)} fields are wrong:", *texts])
-    raise ConfigError(message, code=code)
+    if len(codes) == 1:
+        raise ConfigError(message, code=codes.pop())
+    raise ConfigError(message, code="config.invalid")
 
 
 def _merge_into(
@@ -139,7 +157,7 @@ def _merge_into(
 ) -> None:
     for key, value in new.items():
         path = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and (value or isinstance(values.get(key), dict)):
             if not isinstance(values.get(key), dict):
                 values[key] = {}
                 _forget(origins, path)

@@ -8,7 +8,7 @@ from typing import Any
 class Reporter:
     """Says nothing. The command line's reporter shows progress and writes events to the run record."""
 
-    def event(self, name: str, **fields: Any) -> None:
+    def event(self, name: str, /, **fields: Any) -> None:
         """Note one fact: a choice made, a file done, a check passed. Fields are JSON values."""
 
     def start(self, label: str, total_bytes: int) -> None:
@@ -19,3 +19,6 @@ class Reporter:
 
     def finish(self) -> None:
         """End the piece of work begun last."""
+
+    def say(self, text: str) -> None:
+        """Show a person one line that stays. For milestones of long work, not for details."""

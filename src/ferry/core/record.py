@@ -52,9 +52,9 @@ class Record:
         self._started_s = time.monotonic()
         self._cpu_s = _cpu_seconds()
 
-    def event(self, name: str, **fields: Any) -> None:
+    def event(self, name: str, /, **fields: Any) -> None:
         """Append one event. It survives a kill at once, and a power cut after a second."""
-        self._guarded(lambda: self._append({"ts": round(time.time(), 3), "event": name, **fields}))
+        self._guarded(lambda: self._append({"ts": round(time.time(), 3), **fields, "event": name}))
 
     def close(
         self, status: str, *, result: Mapping[str, Any] | None = None, error: BaseException | None = None
