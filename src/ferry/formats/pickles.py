@@ -13,13 +13,15 @@ import struct
 from collections import OrderedDict, defaultdict
 from typing import Any, NamedTuple
 
+from ferry.core.dtypes import ITEM_BYTES, num_bytes
 from ferry.core.errors import InputError
 
 STORAGE_DTYPES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
-    "BoolStorage": "BOOL", "Float8_e4m3fnStorage": "F8_E4M3", "Float8_e5m2Storage": "F8_E5M2",
+    "BoolStorage": "BOOL",
 }  # fmt: skip
+"""The classes of typed storages. Younger dtypes have none: their tensors name an untyped storage and a dtype."""
 DTYPE_STORAGES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
 TORCH_DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
@@ -125,12 +127,28 @@ def _rebuild_tensor(
     return TensorRef(storage, offset, tuple(shape), tuple(stride))
 
 
+def _rebuild_tensor_with_dtype(
+    storage: StorageRef,
+    offset: int,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    _: bool,
+    _hooks: Any,
+    dtype: Global,
+) -> TensorRef:
+    name = TORCH_DTYPES[dtype.name]
+    typed = StorageRef(name, storage.key, storage.numel // ITEM_BYTES[name])
+    return TensorRef(typed, offset, tuple(shape), tuple(stride))
+
+
 def _rebuild_parameter(data: TensorRef, *_: Any) -> TensorRef:
     return data
 
 
 _FUNCTIONS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_with_dtype,
+    ("torch.storage", "UntypedStorage"): StorageRef("U8", "", 0),
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("collections", "OrderedDict"): OrderedDict,
@@ -158,8 +176,6 @@ class _Unpickler(pickle.Unpickler):
             return StorageRef(STORAGE_DTYPES[name], "", 0)
         if module == "torch" and name in TORCH_DTYPES:
             return Global(module, name)
-        if (module, name) == ("collections", "defaultdict"):
-            return defaultdict
         kind = Global(module, name)
         if kind not in self._made:
             base: type = Fields if f"{module}.{name}" in self._fields else Opaque
@@ -281,10 +297,15 @@ def _emit_tensor(tensor: Tensor, out: bytearray) -> None:
     for size in reversed(tensor.shape):
         stride.append(step)
         step *= size
-    _emit(Global("torch._utils", "_rebuild_tensor_v2"), out)
+    typed = tensor.dtype in DTYPE_STORAGES
+    dtype = () if typed else (Global("torch", DTYPE_TORCH[tensor.dtype]),)
+    storage = Global("torch", DTYPE_STORAGES[tensor.dtype]) if typed else Global("torch.storage", "UntypedStorage")
+    numel = step if typed else num_bytes(tensor.dtype, tensor.shape)
+    _emit(Global("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3"), out)
     out += b"("
-    _emit(("storage", Global("torch", DTYPE_STORAGES[tensor.dtype]), tensor.key, "cpu", step), out)
+    _emit(("storage", storage, tensor.key, "cpu", numel), out)
     out += b"Q"
-    for part in (0, tensor.shape, tuple(reversed(stride)), False, Call(Global("collections", "OrderedDict"), ())):
+    hooks = Call(Global("collections", "OrderedDict"), ())
+    for part in (0, tensor.shape, tuple(reversed(stride)), False, hooks, *dtype):
         _emit(part, out)
     out += b"tR"
