@@ -95,12 +95,7 @@ def option(
 
 def resolve(config_class: type[C], layers: Iterable[Layer]) -> Resolved[C]:
     """Merge layers, later ones over earlier ones, and validate once. Raise one ConfigError naming every wrong field."""
-    interpreted = config_class.interpret(list(layers))
-    problems = [problem for layer in interpreted for problem in layer.problems]
-    for layer in interpreted:
-        problems += _unknown_keys(config_class, layer)
-    values, origins = merge(interpreted)
-    known = {name: value for name, value in values.items() if name in config_class.model_fields}
+    known, origins, problems = _read(config_class, layers)
     try:
         config = config_class.model_validate(known)
     except ValidationError as error:
@@ -116,19 +111,28 @@ def resolve(config_class: type[C], layers: Iterable[Layer]) -> Resolved[C]:
 
 def problems_of(config_class: type[VerbConfig], layers: Sequence[Layer], pending: Collection[str]) -> list[Problem]:
     """Return what is wrong with values of which some, the `pending` fields, will only be known later."""
-    interpreted = config_class.interpret(list(layers))
-    problems = [problem for layer in interpreted for problem in layer.problems]
-    for layer in interpreted:
-        problems += _unknown_keys(config_class, layer)
-    values, origins = merge(interpreted)
+    known, origins, problems = _read(config_class, layers)
     try:
-        config_class.model_validate({name: value for name, value in values.items() if name in config_class.model_fields})
+        config_class.model_validate(known)
     except ValidationError as error:
         for detail in error.errors():
             # A rule about several fields (no place) cannot be judged while some are unknown.
             if not pending or (detail["loc"] and detail["loc"][0] not in pending):
                 problems.append(_explain(config_class, detail, origins))
     return problems
+
+
+def _read(
+    config_class: type[VerbConfig], layers: Iterable[Layer]
+) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
+    """Return the merged values of known fields, their origins, and what is wrong before any value is looked at."""
+    interpreted = config_class.interpret(list(layers))
+    problems = [problem for layer in interpreted for problem in layer.problems]
+    for layer in interpreted:
+        problems += _unknown_keys(config_class, layer)
+    values, origins = merge(interpreted)
+    known = {name: value for name, value in values.items() if name in config_class.model_fields}
+    return known, {path: origin for path, origin in origins.items() if path.partition(".")[0] in known}, problems
 
 
 def merge(layers: Iterable[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
