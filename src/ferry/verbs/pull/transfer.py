@@ -46,7 +46,7 @@ class Repository(NamedTuple):
 
 
 def kept_bytes(path: Path) -> int:
-    for candidate in (path, path.with_name(f"{path.name}.partial")):
+    for candidate in (path, path.with_name(f".partial-{path.name}")):
         if candidate.is_file():
             return candidate.stat().st_size
     return 0
@@ -71,7 +71,7 @@ def fetch_repository(repository: Repository, target: Path, reporter: Reporter) -
 def _bring(repository: Repository, file: RemoteFile, reporter: Reporter) -> Digested:
     """Return the digests of a file that is complete in the cache and is what the hub promises."""
     path = repository.folder / file.name
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f".partial-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         _download(repository, file, partial, reporter)
