@@ -155,7 +155,14 @@ def _experts(model: Model, layout: MegatronLayout) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": None,
         "moe_shared_expert_intermediate_size": None,
         "moe_grouped_gemm": layout.experts != "sequential",
-        "moe_layer_freq": [int(d.is_moe(layer)) for layer in range(d.num_layers)] if plain else 1,
+        "moe_layer_freq": _expert_layers(model, layout) if plain else 1,
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": float(model.config.get("router_aux_loss_coef") or 0.0),
     }
+
+
+def _expert_layers(model: Model, layout: MegatronLayout) -> list[int]:
+    """Return 1 for each layer with experts, else 0, as Megatron counts layers: noop layers too."""
+    layers = iter(range(model.dims.num_layers))
+    total = model.dims.num_layers + len(layout.noop_layers)
+    return [int(position not in layout.noop_layers and model.dims.is_moe(next(layers))) for position in range(total)]
