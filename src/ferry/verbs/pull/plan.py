@@ -20,7 +20,7 @@ from ferry.verbs.pull.local import open_directory
 from ferry.verbs.pull.source import Source
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-MEMORY_BYTES = 100_000_000  # Python, numpy and a block of rows; it does not grow with the model
+MEMORY_BYTES = 120_000_000  # Python, numpy and a block of rows; it does not grow with the model
 
 
 class Journey(NamedTuple):
