@@ -165,9 +165,11 @@ def _merge_into(
             if not isinstance(values.get(key), dict):
                 values[key] = {}
                 _forget(origins, path)
+            if value:
+                origins.pop(path, None)  # an empty mapping was a leaf until now
             _merge_into(values[key], origins, value, layer, prefix=f"{path}.")
         else:
-            values[key] = value
+            values[key] = {} if isinstance(value, Mapping) else value  # a copy: later layers are merged into it
             _forget(origins, path)
             origins[path] = layer.origin_of(path)
 
