@@ -14,10 +14,10 @@ import pytest
 pytest.importorskip("megatron.core")
 pytest.importorskip("transformers")
 
-from judge.run import agreement, megatron_logits, megatron_write, transformers_logits  # noqa: E402
-from test_judge import MODELS, MOE, model_directory  # noqa: E402, F401  (a fixture)
+from judge.run import agreement, megatron_logits, megatron_write, transformers_logits
+from test_judge import MODELS, MOE, model_directory  # noqa: F401  (a fixture)
 
-import ferry  # noqa: E402
+import ferry
 
 TOLERANCE = 1e-3
 LAYOUTS = {
@@ -62,6 +62,16 @@ def test_megatron_core_computes_the_same_with_experts(name, experts, model_direc
 def test_the_real_model_gives_the_same_logits_in_megatron_core(tp, pp, smollm2, tmp_path):
     ferry.convert(direction="hf2mg", source=smollm2, target=tmp_path / "mg", tp=tp, pp=pp)
     assert_agrees(judged(tmp_path / "mg", smollm2, {"tp": tp, "pp": pp}), exact=tp == 1)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3", "qwen3-moe"])
+def test_our_distributed_checkpoint_loads_in_another_layout_than_it_was_cut_for(name, model_directory, tmp_path):  # noqa: F811
+    hf_dir = model_directory(name)
+    ferry.convert(
+        direction="hf2mg", source=hf_dir, target=tmp_path / "mg", tp=2, pp=2, format="torch_dist", vocab_multiple=1
+    )
+    logits = megatron_logits(tmp_path / "mg", hf_dir, tp=1, pp=1, fmt="torch_dist")
+    assert_agrees(agreement(logits, transformers_logits(hf_dir)), exact=name not in MOE)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from ferry.core.errors import InputError
 from ferry.formats.checkpoint import Checkpoint
 from ferry.formats.hf import is_hf, open_hf
 from ferry.formats.megatron import is_megatron, open_megatron
+from ferry.formats.torch_dist import archives, is_torch_dist, open_torch_dist
+from ferry.formats.torch_zip import TorchArchive, check_crcs, open_torch
 
 
 def sniff(directory: Path) -> str:
@@ -17,6 +20,8 @@ def sniff(directory: Path) -> str:
     if not directory.is_dir():
         what = "is not a directory" if directory.exists() else "is not there"
         raise InputError(f"{directory} {what}", code="input.missing")
+    if is_torch_dist(directory):
+        return "torch_dist"
     if is_megatron(directory):
         return "megatron"
     if is_hf(directory):
@@ -32,8 +37,27 @@ def sniff(directory: Path) -> str:
 def open_checkpoint(directory: Path, hf_assets: Path | None = None) -> Checkpoint:
     """Open a model directory or shard set by what it holds; headers only."""
     kind = sniff(directory)
+    if kind == "torch_dist":
+        return open_torch_dist(directory, hf_assets)
     if kind == "megatron":
         return open_megatron(directory, hf_assets)
     if kind == "gguf":
         raise InputError(f"{directory} is a GGUF file", code="input.gguf", repair="`ferry convert gguf2hf` first")
     return open_hf(directory)
+
+
+def check_archives(checkpoint: Checkpoint) -> int:
+    """Check every CRC-32 of a checkpoint's torch archives (all that foreign files promise); return their number."""
+    count = 0
+    for archive in _archives(checkpoint):
+        check_crcs(archive)
+        count += 1
+    return count
+
+
+def _archives(checkpoint: Checkpoint) -> Iterator[TorchArchive]:
+    if checkpoint.format == "torch_dist":
+        yield from archives(checkpoint.directory)
+    else:
+        paths = checkpoint.payload_ranges()
+        yield from (open_torch(path) for path in paths if path.suffix in (".pt", ".bin"))

@@ -22,6 +22,7 @@ from ferry.formats.megatron_names import MegatronLayout
 from ferry.formats.megatron_optimizer import OptimizerState, read_optimizer
 from ferry.formats.megatron_write import draft_megatron
 from ferry.formats.opening import open_checkpoint
+from ferry.formats.torch_dist_write import draft_torch_dist
 from ferry.verbs.convert.config import ConvertConfig
 from ferry.verbs.convert.from_gguf import is_gguf, plan_gguf
 from ferry.verbs.convert.normhead import normalise_rows
@@ -55,6 +56,8 @@ class Prepared:
         """Plan every file of the result below a directory."""
         if self.layout is None:
             return draft_hf(self.source, self.specs, directory, self.max_shard_bytes)
+        if self.format == "torch_dist":
+            return draft_torch_dist(self.source, self.layout, directory, self.iteration, self.vocab_multiple)
         return draft_megatron(self.source, self.layout, directory, self.iteration, self.vocab_multiple, self.optimizer)
 
 

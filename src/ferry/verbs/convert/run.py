@@ -14,7 +14,7 @@ from ferry.core.staging import StagedDirectory
 from ferry.core.verb import Result
 from ferry.formats.checkpoint import Checkpoint, Draft
 from ferry.formats.fingerprint import file_digests, manifest_of, tensor_digests
-from ferry.formats.torch_zip import check_crcs, open_torch
+from ferry.formats.opening import check_archives
 from ferry.verbs.convert.config import ConvertConfig
 from ferry.verbs.convert.from_gguf import is_gguf, run_gguf
 from ferry.verbs.convert.paths import source_and_target
@@ -61,16 +61,13 @@ def run(config: ConvertConfig, reporter: Reporter) -> Result:
 
 def _check_foreign(source: Checkpoint, reporter: Reporter) -> None:
     """Shards without a manifest: their own CRCs are all there is to check, so all are checked first."""
-    paths = [path for path in source.payload_ranges() if path.suffix != ".safetensors" and path.suffix != ".distcp"]
-    total = sum(path.stat().st_size for path in paths)
-    if not paths:
-        return
+    total = sum(path.stat().st_size for path in source.payload_ranges())
     reporter.start("checking CRCs", total)
-    for path in paths:
-        check_crcs(open_torch(path))
-        reporter.advance(path.stat().st_size)
+    count = check_archives(source)
+    reporter.advance(total)
     reporter.finish()
-    reporter.event("checked", what="CRC-32 of every storage", files=len(paths))
+    if count:
+        reporter.event("checked", what="CRC-32 of every storage", archives=count)
 
 
 def _carry(prepared: Prepared, draft: Draft, config: ConvertConfig, reporter: Reporter) -> dict[str, str]:

@@ -6,8 +6,6 @@ and all other bytes of all files by the file digests. Nothing is left over.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ferry.core.carry import carry
 from ferry.core.dtypes import ITEM_BYTES, num_bytes
 from ferry.core.errors import IntegrityError
@@ -17,8 +15,7 @@ from ferry.core.progress import Reporter
 from ferry.core.verb import Result
 from ferry.formats.checkpoint import Checkpoint
 from ferry.formats.fingerprint import file_digests, manifest_of, tensor_digests
-from ferry.formats.opening import open_checkpoint
-from ferry.formats.torch_zip import check_crcs, open_torch
+from ferry.formats.opening import check_archives, open_checkpoint
 from ferry.verbs.verify.config import VerifyConfig
 
 SHOWN = 8
@@ -120,16 +117,9 @@ def _pad_bytes(slot: Slot) -> bytes:
 
 
 def _crcs(checkpoint: Checkpoint) -> list[str]:
-    """Without a manifest, the CRCs that a torch container brings are all there is to check."""
-    problems = []
-    for path in checkpoint.payload_ranges():
-        if _is_torch(path):
-            try:
-                check_crcs(open_torch(path))
-            except IntegrityError as error:
-                problems.append(error.message)
-    return problems
-
-
-def _is_torch(path: Path) -> bool:
-    return path.suffix in (".pt", ".bin")
+    """Without a manifest, the CRCs that torch containers bring are all there is to check."""
+    try:
+        check_archives(checkpoint)
+    except IntegrityError as error:
+        return [error.message]
+    return []
