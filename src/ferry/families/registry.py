@@ -11,6 +11,9 @@ from typing import Any
 from ferry.core.errors import InputError, did_you_mean
 from ferry.core.family import Config, Family, Model
 
+GENERIC = "gpt"
+"""Megatron's name for every decoder-only model: the seed's scripts pass `--model-type GPT` whatever the family."""
+
 
 @cache
 def families() -> dict[str, Family]:
@@ -39,7 +42,9 @@ def detect(config: Config, where: str) -> Family:
 def check_name(family: Family, name: str, where: str) -> None:
     """Refuse a `--model-type` that names another family than the one detected."""
     word = name.lower().replace("_", "-")
-    if word in {known.replace("_", "-") for known in (family.name, *family.models, *family.model_types)}:
+    if word == GENERIC or word in {
+        known.replace("_", "-") for known in (family.name, *family.models, *family.model_types)
+    }:
         return
     others = {known: other.name for other in families().values() for known in (other.name, *other.models)}
     if name.lower() in others:
