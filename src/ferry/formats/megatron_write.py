@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ferry.core.carry import Spec, TargetFile
-from ferry.core.family import Model
+from ferry.core.errors import InputError
+from ferry.core.family import EMBEDDING, Model
 from ferry.core.layout import Local, Slot
 from ferry.core.pipeline import Chunk, pipeline
 from ferry.formats.checkpoint import Checkpoint, Draft
@@ -88,7 +89,7 @@ def _rank_file(
     for chunk in sorted(chunks, key=lambda chunk: chunk.virtual):
         flat: dict[str, Tensor] = {}
         for name, local in rank_tensors(model, layout, chunk, *rank).items():
-            tensor = Tensor(_dtype(local, specs, model), local.shape, str(len(placed)))
+            tensor = Tensor(_dtype(name, local, specs, model), local.shape, str(len(placed)))
             flat[name] = tensor
             placed.append((name, local, tensor))
         key = "model" if layout.vpp == 1 else f"model{chunk.virtual}"
@@ -107,10 +108,18 @@ def _finisher(plan: ZipPlan, keys: list[str]) -> Callable[[int, list[int]], None
     return lambda fd, crcs: plan.finish(fd, dict(zip(keys, crcs, strict=True)))
 
 
-def _dtype(local: Local, specs: dict[str, Spec], model: Model) -> str:
-    """Return the dtype of a stored tensor; a rank that holds only padding takes the embedding's."""
-    name = local.pieces[0].name if local.pieces else model.part("embedding").name
-    return specs[name].dtype
+def _dtype(stored: str, local: Local, specs: dict[str, Spec], model: Model) -> str:
+    """Return the one dtype of a stored tensor; a rank that holds only padding takes the embedding's."""
+    names = [piece.name for piece in local.pieces] or [model.part(EMBEDDING).name]
+    dtype = specs[names[0]].dtype
+    other = next((name for name in names if specs[name].dtype != dtype), None)
+    if other is not None:
+        raise InputError(
+            f"{names[0]} is {dtype} and {other} is {specs[other].dtype}; Megatron stores them in one tensor ({stored})",
+            code="megatron.mixed-dtype",
+            repair="save the model in one dtype first: Ferry never casts",
+        )
+    return dtype
 
 
 def _nest(flat: dict[str, Tensor]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ferry.formats.fingerprint import file_sha256
 from ferry.formats.gguf import WEIGHTS, GgufModel, gguf_plan
 from ferry.formats.opening import sniff
 from ferry.verbs.convert.config import ConvertConfig
-from ferry.verbs.convert.paths import source_and_target
+from ferry.verbs.convert.paths import check_apart, source_and_target
 
 MEMORY_BYTES = 100_000_000
 
@@ -28,6 +28,7 @@ def is_gguf(config: ConvertConfig) -> bool:
 def plan_gguf(config: ConvertConfig) -> Plan:
     """Return what the conversion of a GGUF file would do."""
     source, target = source_and_target(config)
+    check_apart(target, source, config.hf_assets)
     model = gguf_plan(source, config.hf_assets)
     check_target(target, model.write_bytes, overwrite=config.overwrite)
     files = [PlannedFile(WEIGHTS, model.header.file_bytes)]
@@ -49,6 +50,7 @@ def plan_gguf(config: ConvertConfig) -> Plan:
 def run_gguf(config: ConvertConfig, reporter: Reporter) -> Result:
     """Write the directory and return where it is."""
     source, target = source_and_target(config)
+    check_apart(target, source, config.hf_assets)
     model = gguf_plan(source, config.hf_assets)
     with StagedDirectory(target, need_bytes=model.write_bytes, overwrite=config.overwrite) as staged:
         tensors = model.write(staged.work, reporter)

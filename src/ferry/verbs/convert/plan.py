@@ -14,8 +14,8 @@ from ferry.core.plan import Plan, PlannedFile
 from ferry.core.staging import check_target
 from ferry.families.registry import check_name
 from ferry.formats.checkpoint import Assets, Checkpoint, Draft
-from ferry.formats.fingerprint import content_id
-from ferry.formats.hf import find_assets, missing_assets
+from ferry.formats.fingerprint import content_id, file_sha256, manifest_of
+from ferry.formats.hf import INDEX, find_assets, missing_assets
 from ferry.formats.hf_write import draft_hf
 from ferry.formats.megatron_args import scaling_note
 from ferry.formats.megatron_names import MegatronLayout
@@ -26,7 +26,7 @@ from ferry.formats.torch_dist_write import draft_torch_dist
 from ferry.verbs.convert.config import ConvertConfig
 from ferry.verbs.convert.from_gguf import is_gguf, plan_gguf
 from ferry.verbs.convert.normhead import normalise_rows
-from ferry.verbs.convert.paths import source_and_target
+from ferry.verbs.convert.paths import check_apart, source_and_target
 
 INTERPRETER_BYTES = 60_000_000
 DEFAULT_VOCAB_MULTIPLE = 128
@@ -114,19 +114,20 @@ def prepare(config: ConvertConfig) -> Prepared:
     if config.model_type:
         check_name(source.model.family, config.model_type, str(source_path))
     _check_source_layout(config, source)
+    changes = _changed_assets(source)
     if config.hf_assets is not None:
         source = _with_tokenizer_of(source, config.hf_assets)
-    changes: list[str] = []
     transforms: dict[str, Transform] = {}
     layout = None
     if direction == "mg2hf":
         _check_no_parallel(config)
-        if (target / "config.json").is_file() and not (target / "ferry.json").is_file() and not config.overwrite:
+        if _is_original(target):
             target = target / "mg2hf"
             choices.append(f"target {target.name}/ below the directory given: that is a model and stays as it is")
     else:
         layout, why = _layout(config, source)
         choices += why
+    check_apart(target, source.directory, config.hf_assets)
     lacking = missing_assets(source.assets)
     if lacking:
         choices.append(f"missing in the source, so also in the result: {', '.join(lacking)}")
@@ -204,10 +205,31 @@ def _check_source_layout(config: ConvertConfig, source: Checkpoint) -> None:
             )
 
 
+def _is_original(directory: Path) -> bool:
+    """Say whether a directory is a model that came from no shards: the manual names it where the result goes."""
+    manifest = manifest_of(directory)
+    from_shards = manifest is not None and manifest.verb == "convert" and bool(manifest.parents)
+    return (directory / "config.json").is_file() and not from_shards
+
+
+def _changed_assets(source: Checkpoint) -> list[str]:
+    """Name the assets that are no longer what the source's manifest says: they travel as they are now."""
+    manifest = manifest_of(source.directory)
+    if manifest is None:
+        return []
+    changed = [f"{name}: removed" for name in manifest.files if not (source.directory / name).is_file()]
+    for name, path in source.assets.files.items():
+        if path.is_relative_to(source.directory):
+            promised = manifest.files.get(path.relative_to(source.directory).as_posix())
+            if promised is None or promised.sha256 != file_sha256(path):
+                changed.append(f"{name}: {'changed' if promised else 'added'}")
+    return [f"{change} since the source was made" for change in sorted(changed)]
+
+
 def _with_tokenizer_of(source: Checkpoint, tokenizer: Path) -> Checkpoint:
     """Take tokenizer files from another directory (or the directory of a tokenizer file), the rest stays."""
     folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
-    files = find_assets(folder).files
+    files = {name: path for name, path in find_assets(folder).files.items() if name != INDEX}
     config = {"config.json": source.assets.files["config.json"]}
     return replace(source, assets=Assets({**source.assets.files, **files, **config}))
 
