@@ -207,7 +207,8 @@ def test_torch_bin_files_come_back_as_safetensors_with_the_same_bits(
         stored.pop("lm_head.weight")  # the tied copy: safetensors of a tied model hold the embedding once
     with folder() as top:
         ferry.convert(source=original, target=top / "mg", **asked.options)
-        ferry.convert(direction="mg2hf", source=top / "mg", target=top / "hf")
+        made = ferry.convert(direction="mg2hf", source=top / "mg", target=top / "hf")
+        assert made["same_as_parent"]
         assert_same_tensors(read_weights(top / "hf"), stored, name)
         assets = {path for path in files_of(original) if ".bin" not in path}
         assert set(files_of(top / "hf")) == {*assets, "model.safetensors"}

@@ -66,7 +66,8 @@ def open_hf(directory: Path) -> Checkpoint:
         layout={"files": sorted(path.name for path in weights.files)},
         frames=weights.frames,
         carried=carried,
-        tied_copies=tuple(slot.label for slot in slots if slot.label not in model.canonical()),
+        # Torch files come back as new safetensors files, which hold a tied embedding once.
+        tied_copies=tuple(slot.label for slot in slots if slot.label not in model.canonical() and weights.frames),
     )
 
 
