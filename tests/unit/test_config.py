@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ferry
@@ -176,6 +176,7 @@ def flat(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != "n"} | nested
 
 
+@settings(deadline=None)  # a busy machine is not a defect
 @given(st.lists(LAYER_VALUES, max_size=5))
 def test_in_a_merge_the_last_layer_that_has_a_value_wins_and_is_its_origin(many: list[dict[str, Any]]) -> None:
     values, origins = merge(Layer(f"layer {number}", layer) for number, layer in enumerate(many))
@@ -194,6 +195,7 @@ def test_merging_changes_no_layer() -> None:
     assert first.values == {"n": {}}
 
 
+@settings(deadline=None)  # a busy machine is not a defect
 @given(st.lists(LAYER_VALUES, max_size=4), st.lists(LAYER_VALUES, max_size=4))
 def test_merging_in_two_steps_is_merging_in_one(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> None:
     def values(layers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -212,6 +214,7 @@ CONFIGS = st.builds(
 )
 
 
+@settings(deadline=None)  # a busy machine is not a defect
 @given(CONFIGS)
 def test_every_config_can_be_said_as_flags(config: TripConfig) -> None:
     words = [
