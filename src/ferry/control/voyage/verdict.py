@@ -1,0 +1,34 @@
+"""The one sentence that a voyage ends with."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ferry.control.voyage.artifacts import artifacts_of, num_equal_tensors
+from ferry.control.voyage.journey import Journey
+from ferry.core.errors import FerryError
+
+
+class Verdict(NamedTuple):
+    """`mood` is good, plain or bad; `text` is the sentence, `detail` the one after it."""
+
+    mood: str
+    text: str
+    detail: str
+
+
+def verdict_of(journey: Journey, error: Exception | None) -> Verdict:
+    """Return what became of the voyage; "nothing was lost" is only said where all artifacts hold the same model."""
+    steps, entries = journey.voyage.steps, journey.entries
+    if error is not None:
+        return Verdict("bad", "The voyage stopped", error.message if isinstance(error, FerryError) else str(error))
+    gates = f"{len(journey.gates)} of {len(journey.voyage.gates)} gates hold" if journey.voyage.gates else ""
+    waiting = [step.name for step in steps if step.name not in entries]
+    if waiting:
+        return Verdict("plain", f"{len(entries)} of {len(steps)} steps are done", f"not made yet: {', '.join(waiting)}")
+    artifacts = artifacts_of(entries.values(), journey.voyage.output)
+    fingerprints = {artifact.manifest.model_sha256 for artifact in artifacts}
+    if len(artifacts) > 1 and len(fingerprints) == 1 and "" not in fingerprints:
+        equal, total = num_equal_tensors(artifacts)
+        return Verdict("good", f"Nothing was lost: {equal} of {total} tensors bit for bit", gates)
+    return Verdict("good", f"Done: {len(steps)} steps", gates)
