@@ -37,7 +37,7 @@ COMMON = {
     "hidden_dropout": 0.0, "add_position_embedding": False, "ckpt_format": "torch", "mtp_num_layers": None,
     "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": None,
     "expert_model_parallel_size": 1, "make_vocab_size_divisible_by": 128, "padded_vocab_size": 256,
-    "params_dtype": torch.bfloat16, "bf16": True, "tokenizer_model": "hf_assets", "context_parallel_size": 1,
+    "params_dtype": torch.bfloat16, "bf16": True, "tokenizer_model": None, "context_parallel_size": 1,
 }  # fmt: skip
 ROPE = {"position_embedding_type": "rope", "use_rotary_position_embeddings": True}
 LLAMA = {

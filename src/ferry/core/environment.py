@@ -42,6 +42,16 @@ def environment() -> dict[str, Any]:
     }
 
 
+def hardware() -> dict[str, Any]:
+    """Return what a result was made on, without anything that names the machine or its user."""
+    return {
+        "machine": platform.machine(),
+        "cpu": _cpu_model(),
+        "num_cores": usable_cores(),
+        "memory_bytes": memory_bytes(),
+    }
+
+
 def settings(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that change results or speed; of secrets only that they are set."""
     return {

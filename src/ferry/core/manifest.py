@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ferry import __version__
+from ferry.core.environment import hardware
 from ferry.core.errors import InputError, IntegrityError
 
 MANIFEST_NAME = "ferry.json"
@@ -56,6 +57,7 @@ class Node:
     created: str
     model_sha256: str
     parents: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Manifest:
     parents: tuple[str, ...] = ()
     lineage: tuple[Node, ...] = ()
     """Every ancestor, parents first."""
-    hardware: dict[str, Any] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=hardware)
     version: str = __version__
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
@@ -99,9 +101,8 @@ class Manifest:
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 
     def node(self) -> Node:
-        return Node(
-            self.id, self.kind, self.name, self.verb, self.summary, self.created, self.model_sha256, self.parents
-        )
+        made = (self.verb, self.summary, self.created, self.model_sha256)
+        return Node(self.id, self.kind, self.name, *made, self.parents, self.changes)
 
     def ancestry(self) -> tuple[Node, ...]:
         """Return this artifact's node and all its ancestors: what a child stores as its `lineage`."""
@@ -137,6 +138,10 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
+def _node(item: dict[str, Any]) -> Node:
+    return Node(**{**item, "parents": tuple(item["parents"]), "changes": tuple(item["changes"])})
+
+
 def _from_document(document: dict[str, Any]) -> Manifest:
     fields = {key: value for key, value in document.items() if key not in ("schema", "id", "model_sha256")}
     fields["tensors"] = {
@@ -144,7 +149,7 @@ def _from_document(document: dict[str, Any]) -> Manifest:
         for name, item in document["tensors"].items()
     }
     fields["files"] = {name: FileDigest(**item) for name, item in document["files"].items()}
-    fields["lineage"] = tuple(Node(**{**item, "parents": tuple(item["parents"])}) for item in document["lineage"])
+    fields["lineage"] = tuple(_node(item) for item in document["lineage"])
     for key in ("changes", "proofs", "parents"):
         fields[key] = tuple(document[key])
     return Manifest(**fields)

@@ -51,6 +51,17 @@ def tensor_digests(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[s
     return dict(sorted(found.items()))
 
 
+def damaged_files(directory: Path, manifest: Manifest) -> list[str]:
+    """Return the files that are missing, of another size, or (small ones) of other content than the manifest says."""
+    found = []
+    for name, digest in manifest.files.items():
+        path = directory / name
+        same_size = path.is_file() and path.stat().st_size == digest.num_bytes
+        if not same_size or (digest.covers == "file" and file_sha256(path) != digest.sha256):
+            found.append(name)
+    return found
+
+
 def file_digests(directory: Path, slots: Iterable[Slot]) -> dict[str, FileDigest]:
     """Return the digest of every file below a directory: whole, or the envelope of those that hold slots."""
     ranges = payload_ranges(slots)

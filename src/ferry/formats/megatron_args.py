@@ -1,7 +1,7 @@
 """The `args` that Megatron stores in every shard and takes back with `--use-checkpoint-args`.
 
-Everything a trainer needs to build the model is derived from config.json. No path of this machine is written: the
-tokenizer is named relative to the checkpoint (`hf_assets`). Source of the field list: Megatron-LM `arguments.py` and
+Everything a trainer needs to build the model is derived from config.json. No path of this machine is written, so the
+tokenizer's is left to the trainer's own flag. Source of the field list: Megatron-LM `arguments.py` and
 `checkpointing.py`.
 """
 
@@ -131,7 +131,7 @@ def _parallel(model: Model, layout: MegatronLayout, dtype: str, divisible_by: in
         "transformer_impl": "transformer_engine" if layout.names == "te" else "local",
         "use_mcore_models": layout.names != "classic",
         "tokenizer_type": "HuggingFaceTokenizer",
-        "tokenizer_model": "hf_assets",
+        "tokenizer_model": None,
         "tiktoken_pattern": None,
         "ckpt_format": "torch",
         "dist_ckpt_format": "torch_dist",

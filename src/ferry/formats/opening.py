@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ferry.core.errors import InputError
+from ferry.core.errors import FerryError, InputError, IntegrityError
 from ferry.formats.checkpoint import Checkpoint
+from ferry.formats.fingerprint import damaged_files, manifest_of
 from ferry.formats.hf import is_hf, open_hf
 from ferry.formats.megatron import is_megatron, open_megatron
 from ferry.formats.torch_dist import archives, is_torch_dist, open_torch_dist
@@ -44,6 +45,22 @@ def open_checkpoint(directory: Path, hf_assets: Path | None = None) -> Checkpoin
     if kind == "gguf":
         raise InputError(f"{directory} is a GGUF file", code="input.gguf", repair="`ferry convert gguf2hf` first")
     return open_hf(directory)
+
+
+def open_promised(directory: Path, hf_assets: Path | None = None) -> Checkpoint:
+    """Open a checkpoint; where that fails, say first which files are not what the manifest promises."""
+    try:
+        return open_checkpoint(directory, hf_assets)
+    except FerryError as error:
+        manifest = manifest_of(directory)
+        damaged = [] if manifest is None else damaged_files(directory, manifest)
+        if not damaged:
+            raise
+        raise IntegrityError(
+            f"{directory} cannot be opened ({error.message}); changed since it was made: {', '.join(damaged)}",
+            code="verify.differs",
+            repair="make or fetch the artifact again",
+        ) from None
 
 
 def check_archives(checkpoint: Checkpoint) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ferry.core.manifest import MANIFEST_NAME, FileDigest, Manifest
+from ferry.core.manifest import MANIFEST_NAME, FileDigest, Manifest, Node
 from ferry.core.plan import Plan, PlannedFile
 from ferry.core.progress import Reporter
 from ferry.core.safetensors import read_header
@@ -15,6 +15,7 @@ from ferry.formats.gguf import WEIGHTS, GgufModel, gguf_plan
 from ferry.formats.opening import sniff
 from ferry.verbs.convert.config import ConvertConfig
 from ferry.verbs.convert.paths import check_apart, source_and_target
+from ferry.verbs.convert.unused import refuse_layout
 
 MEMORY_BYTES = 100_000_000
 
@@ -29,6 +30,7 @@ def plan_gguf(config: ConvertConfig) -> Plan:
     """Return what the conversion of a GGUF file would do."""
     source, target = source_and_target(config)
     check_apart(target, source, config.hf_assets)
+    refuse_layout(config, "gguf2hf")
     model = gguf_plan(source, config.hf_assets)
     check_target(target, model.write_bytes, overwrite=config.overwrite)
     files = [PlannedFile(WEIGHTS, model.header.file_bytes)]
@@ -51,7 +53,10 @@ def run_gguf(config: ConvertConfig, reporter: Reporter) -> Result:
     """Write the directory and return where it is."""
     source, target = source_and_target(config)
     check_apart(target, source, config.hf_assets)
+    refuse_layout(config, "gguf2hf")
     model = gguf_plan(source, config.hf_assets)
+    digest = file_sha256(source)
+    node = Node(digest, "gguf", source.name, "", model.source, "", "")
     with StagedDirectory(target, need_bytes=model.write_bytes, overwrite=config.overwrite) as staged:
         tensors = model.write(staged.work, reporter)
         manifest = Manifest(
@@ -61,8 +66,10 @@ def run_gguf(config: ConvertConfig, reporter: Reporter) -> Result:
             summary=f"{source.name} -> hf",
             tensors=dict(sorted(tensors.items())),
             files=_file_digests(staged.work),
-            details={"source": {"name": source.name, "sha256": file_sha256(source)}, "layout": {"files": [WEIGHTS]}},
+            details={"source": {"name": source.name, "sha256": digest}, "layout": {"files": [WEIGHTS]}},
             changes=(_declared(model),),
+            parents=(node.id,),
+            lineage=(node,),
         )
         (staged.work / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         staged.commit()

@@ -27,6 +27,7 @@ from ferry.verbs.convert.config import ConvertConfig
 from ferry.verbs.convert.from_gguf import is_gguf, plan_gguf
 from ferry.verbs.convert.normhead import normalise_rows
 from ferry.verbs.convert.paths import check_apart, source_and_target
+from ferry.verbs.convert.unused import layout_options, refuse_layout
 
 INTERPRETER_BYTES = 60_000_000
 DEFAULT_VOCAB_MULTIPLE = 128
@@ -120,7 +121,7 @@ def prepare(config: ConvertConfig) -> Prepared:
     transforms: dict[str, Transform] = {}
     layout = None
     if direction == "mg2hf":
-        _check_no_parallel(config)
+        refuse_layout(config, direction)
         if _is_original(target):
             target = target / "mg2hf"
             choices.append(f"target {target.name}/ below the directory given: that is a model and stays as it is")
@@ -164,8 +165,7 @@ def _direction(config: ConvertConfig, source: Checkpoint) -> str:
     _check_words(config, asked)
     if asked == "auto":
         wants_hf = any(word in config.save_model_type.lower() for word in HF_WORDS)
-        parallel = config.tp * config.pp * config.vpp * config.ep > 1
-        return "hf2mg" if from_hf else ("mg2hf" if wants_hf or not parallel else "mg2mg")
+        return "hf2mg" if from_hf else ("mg2hf" if wants_hf or not layout_options(config) else "mg2mg")
     if from_hf != asked.startswith("hf"):
         found = "a Hugging Face model" if from_hf else f"a Megatron checkpoint ({source.format})"
         raise ConfigError(
@@ -232,15 +232,6 @@ def _with_tokenizer_of(source: Checkpoint, tokenizer: Path) -> Checkpoint:
     files = {name: path for name, path in find_assets(folder).files.items() if name != INDEX}
     config = {"config.json": source.assets.files["config.json"]}
     return replace(source, assets=Assets({**source.assets.files, **files, **config}))
-
-
-def _check_no_parallel(config: ConvertConfig) -> None:
-    if config.tp * config.pp * config.vpp * config.ep > 1:
-        raise LayoutError(
-            f"a Hugging Face model has no layout, found tp={config.tp} pp={config.pp} vpp={config.vpp} ep={config.ep}",
-            code="layout.hf",
-            repair="leave them out (the source's layout is detected), or ask for mg2mg",
-        )
 
 
 def _layout(config: ConvertConfig, source: Checkpoint) -> tuple[MegatronLayout, list[str]]:

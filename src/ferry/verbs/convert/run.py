@@ -29,8 +29,8 @@ def run(config: ConvertConfig, reporter: Reporter) -> Result:
     for choice in prepared.choices:
         reporter.event("choice", text=choice)
     promised = manifest_of(prepared.source.directory)
-    if promised is None:
-        _check_foreign(prepared.source, reporter)
+    if promised is None or not config.hash:
+        _check_crcs(prepared.source, reporter)
     need_bytes = prepared.draft(prepared.target).num_bytes
     with StagedDirectory(prepared.target, need_bytes=need_bytes, overwrite=config.overwrite) as staged:
         draft = prepared.draft(staged.work)
@@ -53,14 +53,14 @@ def run(config: ConvertConfig, reporter: Reporter) -> Result:
         "parent_model_sha256": promised.model_sha256 if promised else "",
         "same_as_parent": promised is not None and manifest.model_sha256 == promised.model_sha256 != "",
         "tensors_checked": checked,
-        "restored": bool(draft.layout.get("restored")),
+        "restored": bool(draft.layout.get("restored")) and config.hash,
         "changes": list(prepared.changes),
         "choices": list(prepared.choices),
     }
 
 
-def _check_foreign(source: Checkpoint, reporter: Reporter) -> None:
-    """Shards without a manifest: their own CRCs are all there is to check, so all are checked first."""
+def _check_crcs(source: Checkpoint, reporter: Reporter) -> None:
+    """Where no digest is compared, the CRCs of torch files are all there is to check, so all are checked first."""
     total = sum(path.stat().st_size for path in source.payload_ranges())
     reporter.start("checking CRCs", total)
     count = check_archives(source)

@@ -61,10 +61,11 @@ def _layout(result: Result) -> str:
     if result["format"] == "hf":
         return "Hugging Face"
     if result["format"] == "gguf":
-        return f"GGUF, {layout['source']}"
+        return str(layout["source"])
     parts = [f"{axis.upper()}{layout[axis]}" for axis in ("tp", "pp", "vpp", "ep") if layout.get(axis, 1) > 1]
     where = " x ".join(parts) or "TP1"
-    return f"Megatron {result['format']}, {where}, names {layout.get('names', 'mcore')}, {layout.get('iteration', '')}"
+    kind = {"megatron": "torch"}.get(result["format"], result["format"])
+    return f"Megatron {kind}, {where}, names {layout.get('names', 'mcore')}, {layout.get('iteration', '')}"
 
 
 def _numbers(values: list[int]) -> str:

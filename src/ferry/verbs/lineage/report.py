@@ -24,6 +24,7 @@ def _tree(nodes: dict[str, dict[str, Any]], key: str, same: str, lead: str, belo
     mark = "=" if same and node["model_sha256"] == same else " "
     made = f"by {node['verb']}: {node['summary']}  ({node['created']})" if node["verb"] else node["summary"]
     lines = [f"{lead}{mark} {node['name']}  {node['kind']}  {key[:SHORT]}  {made}"]
+    lines += [f"{below}   changed: {change}" for change in node["changes"]]
     for index, parent in enumerate(node["parents"]):
         last = index == len(node["parents"]) - 1
         lines += _tree(nodes, parent, same, below + "└─ ", below + "   ") if last else _tree(

@@ -6,7 +6,7 @@ from ferry.core.carry import WINDOW_BYTES
 from ferry.core.plan import Plan
 from ferry.formats.checkpoint import Checkpoint
 from ferry.formats.fingerprint import content_id, manifest_of
-from ferry.formats.opening import open_checkpoint
+from ferry.formats.opening import open_checkpoint, open_promised
 from ferry.verbs.verify.config import VerifyConfig
 
 INTERPRETER_BYTES = 60_000_000
@@ -14,7 +14,7 @@ INTERPRETER_BYTES = 60_000_000
 
 def plan(config: VerifyConfig) -> Plan:
     """Return what would be read; refuse what cannot be opened."""
-    opened = [open_checkpoint(config.path, config.hf_assets)]
+    opened = [open_promised(config.path, config.hf_assets)]
     if config.against is not None:
         opened.append(open_checkpoint(config.against, config.hf_assets))
     names = ("path", "against")

@@ -8,7 +8,7 @@ from ferry.core.verb import Result
 
 def report(result: Result) -> str:
     """Return what was found equal, and to what."""
-    size = size_text(result["bytes"])
+    size = f"{size_text(result['bytes'])} of weights"
     if result["verified"]:
         lines = [f"verified: {result['tensors']} tensors in {result['files']} files, {size}, as its manifest says"]
     else:

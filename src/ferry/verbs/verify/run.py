@@ -15,7 +15,7 @@ from ferry.core.progress import Reporter
 from ferry.core.verb import Result
 from ferry.formats.checkpoint import Checkpoint
 from ferry.formats.fingerprint import file_digests, manifest_of, tensor_digests
-from ferry.formats.opening import check_archives, open_checkpoint
+from ferry.formats.opening import check_archives, open_checkpoint, open_promised
 from ferry.verbs.verify.config import VerifyConfig
 
 SHOWN = 8
@@ -23,7 +23,7 @@ SHOWN = 8
 
 def run(config: VerifyConfig, reporter: Reporter) -> Result:
     """Verify and return what was found equal; raise IntegrityError with everything that is not."""
-    checkpoint = open_checkpoint(config.path, config.hf_assets)
+    checkpoint = open_promised(config.path, config.hf_assets)
     manifest = manifest_of(checkpoint.directory)
     tensors = _read(checkpoint, config, reporter)
     problems: list[str] = []
