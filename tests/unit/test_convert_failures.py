@@ -167,12 +167,19 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(source: Path, tmp_p
     assert "model.norm.weight [31], expected [32]" in str(refused(tmp_path, InputError, source=source))
 
 
-def test_a_fused_tensor_of_two_dtypes_is_refused_and_never_cast(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["torch", "torch_dist"])
+def test_a_fused_tensor_of_two_dtypes_is_refused_and_never_cast(source: Path, tmp_path: Path, form: str) -> None:
     name = "model.layers.1.self_attn.k_proj.weight"
     rewrite(source, lambda tensors: tensors.update({name: tensors[name].float()}))
-    error = refused(tmp_path, InputError, source=source, tp=2)
+    error = refused(tmp_path, InputError, source=source, tp=2, format=form)
     assert name in str(error)
     assert "F32" in str(error)
+
+
+def test_layers_of_two_dtypes_cannot_be_stacked(source: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.input_layernorm.weight"
+    rewrite(source, lambda tensors: tensors.update({name: tensors[name].float()}))
+    assert refused(tmp_path, InputError, source=source, format="torch_dist").code == "torch-dist.mixed-dtype"
 
 
 def test_a_tensor_of_its_own_dtype_travels_as_it_is(source: Path, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def _rank_file(
     for chunk in sorted(chunks, key=lambda chunk: chunk.virtual):
         flat: dict[str, Tensor] = {}
         for name, local in rank_tensors(model, layout, chunk, *rank).items():
-            tensor = Tensor(_dtype(name, local, specs, model), local.shape, str(len(placed)))
+            tensor = Tensor(stored_dtype(name, local, specs, model), local.shape, str(len(placed)))
             flat[name] = tensor
             placed.append((name, local, tensor))
         key = "model" if layout.vpp == 1 else f"model{chunk.virtual}"
@@ -108,7 +108,7 @@ def _finisher(plan: ZipPlan, keys: list[str]) -> Callable[[int, list[int]], None
     return lambda fd, crcs: plan.finish(fd, dict(zip(keys, crcs, strict=True)))
 
 
-def _dtype(stored: str, local: Local, specs: dict[str, Spec], model: Model) -> str:
+def stored_dtype(stored: str, local: Local, specs: dict[str, Spec], model: Model) -> str:
     """Return the one dtype of a stored tensor; a rank that holds only padding takes the embedding's."""
     names = [piece.name for piece in local.pieces] or [model.part(EMBEDDING).name]
     dtype = specs[names[0]].dtype

@@ -257,7 +257,7 @@ def _account(
     unknown = []
     for key, (size, chunks) in tensors.items():
         parsed = keys[key]
-        if moe_norm and parsed.address.name == LOCAL_NORM:
+        if moe_norm and parsed.address.name == LOCAL_NORM and parsed.address not in wholes:
             parsed = parsed._replace(address=parsed.address._replace(name="pre_mlp_layernorm.weight"))
         try:
             for chunk in chunks:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ferry.core.carry import Spec, TargetFile
-from ferry.core.errors import LayoutError
-from ferry.core.family import EMBEDDING, Model
+from ferry.core.errors import InputError, LayoutError
+from ferry.core.family import Model
 from ferry.core.layout import Local, Slot
 from ferry.core.pipeline import Chunk, pipeline
 from ferry.formats.checkpoint import Checkpoint, Draft
@@ -24,7 +24,7 @@ from ferry.formats.hf_assets import pack_assets
 from ferry.formats.megatron import TRACKER, layout_facts
 from ferry.formats.megatron_args import build_args
 from ferry.formats.megatron_names import MegatronLayout, rank_tensors
-from ferry.formats.megatron_write import CHECKPOINT_VERSION
+from ferry.formats.megatron_write import CHECKPOINT_VERSION, stored_dtype
 from ferry.formats.pickles import DTYPE_TORCH, Call, Global, Instance, Tensor, write_pickle
 from ferry.formats.torch_dist import (
     COMMON,
@@ -190,9 +190,8 @@ def _items(
         whole = wholes[address]
         for row, col, rows, cols in _rectangles(address.name, whole, local, layout.tp, tp):
             part = cropped(whole, row, col, rows, cols)
-            first = part.pieces[0].name if part.pieces else model.part(EMBEDDING).name
             corner = (row,) if whole.ndim == 1 else (row, col)
-            yield _Item(key, (*index, *corner), part, specs[first].dtype)
+            yield _Item(key, (*index, *corner), part, stored_dtype(key, whole, specs, model))
 
 
 def _rectangles(name: str, whole: Local, local: Local, num_ranks: int, rank: int) -> list[tuple[int, int, int, int]]:
@@ -244,6 +243,12 @@ def _file(path: Path, items: list[_Item], states: list[str], catalog: _Catalog) 
         catalog.chunks.setdefault(item.key, []).append((item.offsets, item.sizes))
         catalog.places[item.key, item.offsets] = (path.name, position, plan.num_bytes)
         dtype, size = catalog.sizes.get(item.key, (item.dtype, item.sizes))
+        if dtype != item.dtype:
+            raise InputError(
+                f"{item.key} is {dtype} in one layer and {item.dtype} in another; torch_dist stacks them in one tensor",
+                code="torch-dist.mixed-dtype",
+                repair="use --format torch, or save the model in one dtype first: Ferry never casts",
+            )
         corner = tuple(map(sum, zip(item.offsets, item.sizes, strict=True)))
         catalog.sizes[item.key] = dtype, tuple(map(max, zip(size, corner, strict=True)))
         position += plan.num_bytes
