@@ -55,6 +55,9 @@ class Journey:
             if isinstance(error, FerryError):
                 raise at_step(error, step) from error
             raise
+        if not step.verb:
+            # A command is told where to write, too: what it wrote is what must still be there to skip it.
+            prepared = prepare(self.voyage, step, self.names, self.state)
         entry = self._entry(prepared, cost, "done", result, record)
         if isinstance(result.get("artifact"), str):
             entry["artifact"] = self.state.describe(Path(result["artifact"]))

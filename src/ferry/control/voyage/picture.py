@@ -107,7 +107,7 @@ def picture_of(artifacts: list[Artifact], entries: Iterable[Mapping[str, Any]]) 
 def _card(artifact: Artifact) -> Card:
     rows, columns = artifact.grid
     size = f"{size_text(artifact.num_bytes)} in {len(artifact.manifest.files)} files"
-    name, fingerprint = _cut(artifact.path.name, 21), artifact.manifest.model_sha256
+    name, fingerprint = _cut(artifact.path.name, 19), artifact.manifest.model_sha256
     return Card(artifact.step, [artifact.kind, artifact.layout], name, size, fingerprint, rows, columns)
 
 
@@ -123,7 +123,7 @@ def _connect(artifact: Artifact, earlier: list[Artifact], cards: dict[str, Card]
             continue
         node = next((node for node in manifest.lineage if node.id == parent), None)
         if node is not None:
-            card = Card(node.id, [kind_text(node.kind)], _cut(node.name, 21), _cut(node.summary, 26), node.model_sha256)
+            card = Card(node.id, [kind_text(node.kind)], _cut(node.name, 19), _cut(node.summary, 26), node.model_sha256)
             card.is_outside = True
             arrows.append(Arrow(cards.setdefault(node.id, card), end, artifact.verb, cost))
     source = manifest.details.get("source")
@@ -131,7 +131,7 @@ def _connect(artifact: Artifact, earlier: list[Artifact], cards: dict[str, Card]
         name = str(source.get("name", ""))
         from_where = f"from {source['wheel']}" if source.get("wheel") else str(source.get("holds", ""))
         kind = kind_text(str(source["kind"]))
-        card = Card(f"source of {artifact.step}", [kind], _cut(name, 21), _cut(from_where, 26))
+        card = Card(f"source of {artifact.step}", [kind], _cut(name, 19), _cut(from_where, 26))
         card.is_outside = True
         cards[card.key] = card
         arrows.append(Arrow(card, end, artifact.verb, cost))

@@ -1,0 +1,73 @@
+"""The one story end to end: the demo voyage through the command line, as a stranger makes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import SMOLLM2_SHA256, without_hub
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo.yaml"
+STEPS = ["model", "look", "ask-before", "shards", "verify-shards", "reshard", "back", "verify-back", "ask-after"]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo") / "demo-voyage"
+
+
+def run(output: Path, home: Path) -> dict[str, Any]:
+    environment = without_hub(os.environ) | {"FERRY_HOME": str(home)}
+    command = [sys.executable, "-m", "ferry", "run", str(DEMO), "--output", str(output), "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def test_a_real_model_goes_to_megatron_shards_and_comes_home_bit_for_bit(
+    output: Path, smollm2: Path, test_cache: Path
+) -> None:
+    result = run(output, test_cache / "home")
+    assert result["verdict"] == "Nothing was lost: 272 of 272 tensors bit for bit"
+    steps = {entry["name"]: entry for entry in result["steps"]}
+    assert list(steps) == STEPS
+    assert {entry["status"] for entry in steps.values()} == {"done"}
+    fingerprints = {entry["result"].get("model_sha256") for entry in steps.values()} - {None}
+    assert fingerprints == {SMOLLM2_SHA256}
+    assert "Paris" in steps["ask-after"]["result"]["answer"]
+    assert len(result["gates"]) == 7
+    assert all(gate["holds"] for gate in result["gates"])
+
+
+def test_the_second_voyage_makes_nothing_again(output: Path, smollm2: Path, test_cache: Path) -> None:
+    result = run(output, test_cache / "home")
+    assert {entry["status"] for entry in result["steps"]} == {"skipped"}
+    assert result["seconds"] == 0
+
+
+def test_the_report_shows_everything_and_needs_nothing_else(output: Path) -> None:
+    page = (output / "report.html").read_text(encoding="utf-8")
+    for text in (
+        "Nothing was lost: 272 of 272 tensors bit for bit",
+        SMOLLM2_SHA256,
+        "TP3 × PP2",
+        "TP1 × PP3",
+        "What is the capital of France?",
+        "the same answer",
+        "logits equal bit for bit",
+        "steps.back.model_sha256 == steps.model.model_sha256",
+        "model.layers.29.mlp.down_proj.weight",
+        *STEPS,
+    ):
+        assert text in page
+    assert "<script" not in page
+    assert not re.search(r"""(src|href)\s*=|url\((?!#)|@import""", page)
+    assert str(output) not in page
