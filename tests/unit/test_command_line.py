@@ -162,7 +162,14 @@ def stop(folder: Path, signum: int) -> int:
     command = [sys.executable, "-m", "strange", "wait"]
     environ = {**os.environ, "PYTHONPATH": str(folder)}
     process = subprocess.Popen(
-        command, env=environ, cwd=folder, stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        command,
+        env=environ,
+        cwd=folder,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        # A test run in the background of a shell inherits that SIGINT is ignored; a terminal does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     stderr: IO[bytes] | None = process.stderr
     assert stderr is not None
