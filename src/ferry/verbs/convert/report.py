@@ -20,7 +20,7 @@ def report(result: Result) -> str:
     elif result["parent_model_sha256"] and result["model_sha256"]:
         lines.append("differs from its source as declared below")
     if result["restored"]:
-        lines.append("weight files restored as they were, byte for byte")
+        lines.append("weight files named, ordered and cut as in the original model")
     lines += [f"changed: {change}" for change in result["changes"]]
     lines += [f"note: {choice}" for choice in result["choices"] if choice not in result["changes"]]
     return "\n".join(lines)
