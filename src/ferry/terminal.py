@@ -6,10 +6,13 @@ is a line every ten seconds; with `--quiet` or `--json` it is nothing. Colour on
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import IO, Any
 
 from ferry.core.plan import Plan
@@ -19,50 +22,67 @@ from ferry.core.units import duration_text, size_text
 
 DRAW_INTERVAL_S = 0.1
 LOG_INTERVAL_S = 10.0
-BAR_WIDTHS = (24, 12, 0)
+SHAPES = ((24, 16), (12, 16), (12, 8), (0, 8), (0, 0))
+"""Widths of the bar and of the curve, from the widest line to the narrowest."""
+BLOCKS = "▁▂▃▄▅▆▇█"
 NUM_FILES_SHOWN = 40
 
 
 class _Work:
     """One piece of work in progress."""
 
-    def __init__(self, label: str, total_bytes: int) -> None:
+    def __init__(self, label: str, total: int, unit: str, done: int, now_s: float) -> None:
         self.label = label
-        self.total_bytes = total_bytes
-        self.done_bytes = 0
-        self.started_s = time.monotonic()
-
-    @property
-    def elapsed_s(self) -> float:
-        return max(time.monotonic() - self.started_s, 1e-9)
+        self.total = total
+        self.unit = unit
+        self.done = done
+        self.done_before = done
+        self.started_s = now_s
+        self.status = ""
+        self.curve: Sequence[float] = ()
 
 
 class TerminalReporter(Reporter):
     """Writes events to the run record and progress to a stream. May be called from several threads."""
 
-    def __init__(self, stream: IO[str], record: Record | None = None, *, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        stream: IO[str],
+        record: Record | None = None,
+        *,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._stream = stream
         self._record = record
         self._quiet = quiet
+        self._clock = clock
         self._is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._lock = threading.RLock()
         self._works: list[_Work] = []
-        self._drawn_s = time.monotonic()
+        self._drawn_s = clock()
         self._line_is_drawn = False
 
     def event(self, name: str, /, **fields: Any) -> None:
         if self._record is not None:
             self._record.event(name, **fields)
 
-    def start(self, label: str, total_bytes: int) -> None:
+    def start(self, label: str, total: int, unit: str = "bytes", done: int = 0) -> None:
         with self._lock:
-            self._works.append(_Work(label, total_bytes))
-        self.event("started", label=label, total_bytes=total_bytes)
+            self._works.append(_Work(label, total, unit, done, self._clock()))
+        self.event("started", label=label, **{f"total_{unit}": total}, **({"done": done} if done else {}))
 
-    def advance(self, num_bytes: int) -> None:
+    def advance(self, amount: int) -> None:
         with self._lock:
             if self._works:
-                self._works[-1].done_bytes += num_bytes
+                self._works[-1].done += amount
+                self._show()
+
+    def status(self, text: str, curve: Sequence[float] = ()) -> None:
+        with self._lock:
+            if self._works:
+                self._works[-1].status = text
+                self._works[-1].curve = tuple(curve)
                 self._show()
 
     def finish(self) -> None:
@@ -70,7 +90,8 @@ class TerminalReporter(Reporter):
             assert self._works, "finish() without start()"
             work = self._works.pop()
             self.clear()
-        self.event("finished", label=work.label, num_bytes=work.done_bytes, seconds=round(work.elapsed_s, 3))
+        seconds = round(self._clock() - work.started_s, 3)
+        self.event("finished", label=work.label, **{f"num_{work.unit}": work.done}, seconds=seconds)
 
     def say(self, text: str) -> None:
         with self._lock:
@@ -88,7 +109,7 @@ class TerminalReporter(Reporter):
                 self._line_is_drawn = False
 
     def _show(self) -> None:
-        now_s = time.monotonic()
+        now_s = self._clock()
         interval_s = DRAW_INTERVAL_S if self._is_terminal else LOG_INTERVAL_S
         if self._quiet or now_s - self._drawn_s < interval_s:
             return
@@ -96,25 +117,57 @@ class TerminalReporter(Reporter):
         work = self._works[-1]
         if self._is_terminal:
             width = shutil.get_terminal_size().columns - 1
-            lines = [_progress(work, bar_width) for bar_width in BAR_WIDTHS]
+            lines = [_progress(work, now_s, *shape) for shape in SHAPES]
             line = next((line for line in lines if len(line) <= width), lines[-1][:width])
             self._stream.write(f"\r{line}\x1b[K")
             self._line_is_drawn = True
         else:
-            self._stream.write(f"{_progress(work, 0)}\n")
+            self._stream.write(f"{_progress(work, now_s, 0, 0)}\n")
         self._stream.flush()
 
 
-def _progress(work: _Work, bar_width: int) -> str:
-    rate = work.done_bytes / work.elapsed_s
-    if work.total_bytes <= 0:
-        return f"{work.label}  {size_text(work.done_bytes)}  {size_text(rate)}/s"
-    share = min(work.done_bytes / work.total_bytes, 1.0)
-    filled = round(share * bar_width)
-    bar = f"{'━' * filled}{'┄' * (bar_width - filled)}  " if bar_width else ""
-    left_s = max(work.total_bytes - work.done_bytes, 0) / rate if rate else 0.0
-    amounts = f"{size_text(work.done_bytes)} of {size_text(work.total_bytes)}  {size_text(rate)}/s"
-    return f"{work.label}  {bar}{share:4.0%}  {amounts}  {duration_text(left_s)} left"
+def _progress(work: _Work, now_s: float, bar_width: int, curve_width: int) -> str:
+    rate = (work.done - work.done_before) / max(now_s - work.started_s, 1e-9)
+    parts = [work.label]
+    if work.total > 0:
+        share = min(work.done / work.total, 1.0)
+        filled = round(share * bar_width)
+        parts += ["━" * filled + "┄" * (bar_width - filled), f"{share:4.0%}"]
+    parts += _amounts(work, rate)
+    if work.total > 0:
+        left_s = max(work.total - work.done, 0) / rate if rate > 0 else 0.0
+        parts.append(f"{duration_text(left_s)} left" if rate > 0 or work.done >= work.total else "")
+    parts += [work.status, sparkline(work.curve, curve_width)]
+    return "  ".join(part for part in parts if part)
+
+
+def _amounts(work: _Work, rate: float) -> Iterator[str]:
+    """Give how much is done, and the rate if it is known."""
+    if work.unit == "bytes":
+        total = f" of {size_text(work.total)}" if work.total > 0 else ""
+        yield f"{size_text(work.done)}{total}"
+        yield f"{size_text(rate)}/s"
+    else:
+        total = f" of {work.total:,}" if work.total > 0 else ""
+        yield f"{work.done:,}{total} {work.unit}"
+        if rate > 0:
+            yield f"{rate:,.0f} {work.unit}/s" if rate >= 100 else f"{rate:.2g} {work.unit}/s"
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """Return numbers as a row of blocks, the newest on the right: means of equal stretches, lowest to highest."""
+    if not values or width <= 0:
+        return ""
+    width = min(width, len(values))
+    cuts = [index * len(values) // width for index in range(width + 1)]
+    stretches = [[v for v in values[start:end] if math.isfinite(v)] for start, end in pairwise(cuts)]
+    means = [sum(stretch) / len(stretch) if stretch else math.nan for stretch in stretches]
+    known = [mean for mean in means if math.isfinite(mean)]
+    if not known:
+        return ""
+    low, span = min(known), max(known) - min(known)
+    heights = [round((mean - low) / span * (len(BLOCKS) - 1)) if span and mean == mean else 0 for mean in means]
+    return "".join(BLOCKS[height] if mean == mean else " " for height, mean in zip(heights, means, strict=True))
 
 
 def is_coloured(stream: IO[str]) -> bool:

@@ -104,6 +104,8 @@ class Family:
     matches: Callable[[Config], bool] | None = None
     normalised_head: bool = False
     """The head's rows are divided by their length at run time (NormHead): done once on the way to Megatron."""
+    modules: Mapping[str, str] = field(default_factory=dict)
+    """What transformers calls the router and the fused experts (`EXPERT_UP`: gate and up; `EXPERT_DOWN`) in memory."""
 
     def roles(self, config: Config) -> dict[str, str | Packed]:
         """Return the roles that exist for this config."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -11,11 +12,14 @@ class Reporter:
     def event(self, name: str, /, **fields: Any) -> None:
         """Note one fact: a choice made, a file done, a check passed. Fields are JSON values."""
 
-    def start(self, label: str, total_bytes: int) -> None:
-        """Begin a long piece of work of known size in bytes."""
+    def start(self, label: str, total: int, unit: str = "bytes", done: int = 0) -> None:
+        """Begin a long piece of work of known size. `unit` is a plural: bytes, steps, rows. `done` was done before."""
 
-    def advance(self, num_bytes: int) -> None:
-        """Say that so many bytes more are done. May be called from several threads."""
+    def advance(self, amount: int) -> None:
+        """Say that so much more is done. May be called from several threads."""
+
+    def status(self, text: str, curve: Sequence[float] = ()) -> None:
+        """Show a few words beside the progress of the work begun last, and the latest of a number as a small curve."""
 
     def finish(self) -> None:
         """End the piece of work begun last."""

@@ -18,4 +18,9 @@ FAMILY = f.Family(
     },
     sizes={"expert_ffn_hidden_size": ("intermediate_size",)},
     megatron={"moe_router_pre_softmax": False},
+    modules={
+        f.ROUTER: "model.layers.{layer}.mlp.gate.weight",
+        f.EXPERT_UP: "model.layers.{layer}.mlp.experts.gate_up_proj",
+        f.EXPERT_DOWN: "model.layers.{layer}.mlp.experts.down_proj",
+    },
 )

@@ -30,4 +30,9 @@ FAMILY = f.Family(
     settle=_dense_layers,
     # Without renormalisation the softmax runs over all experts, before the choice.
     megatron={"qk_layernorm": True, "moe_router_pre_softmax": lambda config: not config.get("norm_topk_prob", False)},
+    modules={
+        f.ROUTER: "model.layers.{layer}.mlp.gate.weight",
+        f.EXPERT_UP: "model.layers.{layer}.mlp.experts.gate_up_proj",
+        f.EXPERT_DOWN: "model.layers.{layer}.mlp.experts.down_proj",
+    },
 )

@@ -51,6 +51,7 @@ def _show(run: Result) -> str:
     for name in ("result", "failure"):
         if run[name]:
             lines += ["", f"  {name}", *(f"    {key} = {_text(value)}" for key, value in _whole(run[name]).items())]
+    lines += ["", f"page  {run['page']}"] if "page" in run else []
     return "\n".join(lines)
 
 
@@ -62,7 +63,26 @@ def _compare(result: Result) -> str:
             lines += ["", part, *(f"  {name}: {_text(left)} -> {_text(right)}" for name, left, right in rows)]
     if not any(result["differences"].values()):
         lines += ["", "nothing differs"]
+    lines += _curves(result["curves"]) if "curves" in result else []
+    lines += ["", f"page  {result['page']}"] if "page" in result else []
     return "\n".join(lines)
+
+
+def _curves(curves: dict[str, Any]) -> list[str]:
+    lines = ["", "curves"]
+    for name in ("steps", "first_loss", "last_loss", "min_loss", "median_tokens_per_s"):
+        left, right = ("none" if value is None else f"{value:.7g}" for value in curves[name])
+        lines.append(f"  {name}: {left} -> {right}")
+    num_steps, num_not_compared = curves["num_common_steps"], curves["num_not_compared"]
+    if num_not_compared:
+        lines.append(f"  not a number in one or both: {num_not_compared} of {num_steps} common steps")
+    difference, num_compared = curves["max_loss_difference"], num_steps - num_not_compared
+    if difference is None:
+        return [*lines, "  there is no step to compare"]
+    if difference == 0:
+        return [*lines, f"  the losses of {num_compared} steps are equal, bit for bit"]
+    where = f"at step {curves['max_loss_difference_step']}, of {num_compared} compared"
+    return [*lines, f"  largest loss difference: {difference:.3g} {where}"]
 
 
 def _whole(failure: dict[str, Any]) -> dict[str, Any]:

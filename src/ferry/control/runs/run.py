@@ -1,4 +1,4 @@
-"""Reads run records; writes nothing."""
+"""Reads run records and training runs; writes nothing but the page that was asked for."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ferry.control.runs.config import RunsConfig
+from ferry.control.runs.curves import compare_curves, curves_of, find, write_page
 from ferry.core.progress import Reporter
-from ferry.core.runs import Run, all_runs, find_run, read_document, read_events
+from ferry.core.runs import Run, all_runs, read_document, read_events
 from ferry.core.verb import Result
 
 TIMINGS = ("wall_s", "user_cpu_s", "system_cpu_s", "peak_rss_bytes")
@@ -17,14 +18,18 @@ def run(config: RunsConfig, reporter: Reporter) -> Result:
     """Do what `config.action` says."""
     if config.action == "list":
         return {"action": "list", "runs": _list(config)}
-    if config.action == "show":
-        return {"action": "show", **_show(find_run(config.ids[0]))}
-    first, second = (find_run(wanted) for wanted in config.ids)
-    return {"action": "compare", **compare(first, second)}
+    runs = [find(wanted) for wanted in config.ids]
+    if config.page is not None:
+        write_page(runs, config.page)
+    found = _show(runs[0]) if config.action == "show" else compare(*runs)
+    return {"action": config.action, **found, **({"page": str(config.page)} if config.page else {})}
 
 
 def compare(first: Run, second: Run) -> Result:
-    """Return what differs between two runs, part by part: rows of (name, value in the first, value in the second)."""
+    """Return what differs between two runs, part by part: rows of (name, value in the first, value in the second).
+
+    Two training runs have `curves` too: their numbers side by side.
+    """
     parts = {
         "config": (first.config.get("config", {}), second.config.get("config", {})),
         "environment": (read_document(first, "environment.json"), read_document(second, "environment.json")),
@@ -33,7 +38,12 @@ def compare(first: Run, second: Run) -> Result:
         "error": (_error(first), _error(second)),
     }
     heads = [{"id": run.id, "verb": run.verb, "status": run.status} for run in (first, second)]
-    return {"runs": heads, "differences": {part: _differences(*pair) for part, pair in parts.items()}}
+    curves = curves_of([first, second])
+    return {
+        "runs": heads,
+        "differences": {part: _differences(*pair) for part, pair in parts.items()},
+        **({"curves": compare_curves(*curves)} if len(curves) == len(heads) else {}),
+    }
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,14 @@ class StepReporter(Reporter):
         if self._record is not None:
             self._record.event(name, **fields)
 
-    def start(self, label: str, total_bytes: int) -> None:
-        self._outer.start(label, total_bytes)
+    def start(self, label: str, total: int, unit: str = "bytes", done: int = 0) -> None:
+        self._outer.start(label, total, unit, done)
 
-    def advance(self, num_bytes: int) -> None:
-        self._outer.advance(num_bytes)
+    def advance(self, amount: int) -> None:
+        self._outer.advance(amount)
+
+    def status(self, text: str, curve: Sequence[float] = ()) -> None:
+        self._outer.status(text, curve)
 
     def finish(self) -> None:
         self._outer.finish()

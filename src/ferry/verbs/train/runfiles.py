@@ -1,0 +1,106 @@
+"""The directory of a run: what lies where, whether it can be gone on with, and the documents in it.
+
+run.json       what was asked for and decided; the identity says which runs may go on here
+result.json    written last, when the run is done
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ferry.core.errors import InputError, OutputError
+from ferry.core.staging import write_file
+from ferry.formats.training import list_steps
+
+RUN, RESULT = "run.json", "result.json"
+RESULTS = ("model", "adapter", "merged", "megatron")
+"""Directories of artifacts, made at the end."""
+
+
+def check_output(output: Path, identity: Mapping[str, Any], *, overwrite: bool) -> str:
+    """Refuse a directory that holds something else; return in words what would happen with a run that is there."""
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file, expected a directory", code="output.exists", repair="choose another")
+    if overwrite or not output.exists() or not any(output.iterdir()):
+        return ""
+    earlier = read_document(output / RUN)
+    if not earlier:
+        raise OutputError(
+            f"{output} exists and holds no training run", code="output.exists", repair="choose another, or remove it"
+        )
+    found = earlier.get("identity", {})
+    differing = [key for key in identity if found.get(key) != identity[key]]
+    if differing:
+        raise OutputError(
+            f"{output} holds a run with other settings: "
+            f"{'; '.join(_difference(key, found, identity) for key in differing)}",
+            code="output.exists",
+            repair="choose another --output, or --overwrite to begin anew",
+        )
+    steps = list_steps(output / "checkpoints")
+    return f"goes on with the run in {output.name}" + (f" after step {steps[0]}" if steps else "")
+
+
+def _difference(key: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    left, right = found.get(key), wanted[key]
+    if isinstance(left, dict) and isinstance(right, dict):
+        parts = [
+            f"{key}.{name} {left.get(name)} -> {right.get(name)}"
+            for name in {**left, **right}
+            if left.get(name) != right.get(name)
+        ]
+        return ", ".join(parts)
+    return f"{key} {left} -> {right}"
+
+
+def begin(output: Path, document: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Make the directory of a run, or empty that of an earlier one, and write what the run is."""
+    if overwrite and output.exists():
+        if any(output.iterdir()) and not (output / RUN).is_file():
+            raise OutputError(
+                f"{output} holds no training run: it is not replaced", code="output.exists", repair="remove it by hand"
+            )
+        retired = output.with_name(f".{output.name}.ferry-retired")
+        shutil.rmtree(retired, ignore_errors=True)
+        output.rename(retired)
+        shutil.rmtree(retired)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_document(output / RUN, document)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {output}: {error.strerror}", code="output.unwritable", repair="choose another"
+        ) from None
+
+
+def finished(output: Path, identity: str, steps: int) -> dict[str, Any]:
+    """Return the result of a run that is done already, or nothing."""
+    result = read_document(output / RESULT)
+    same = result.get("identity") == identity and result.get("steps") == steps
+    artifact = result.get("artifact")
+    return result if same and (artifact is None or (output / Path(artifact).name).is_dir()) else {}
+
+
+def identity_of(values: Mapping[str, Any], data_sha256: str) -> str:
+    """Return one digest of everything two runs must share to go on with each other's checkpoints."""
+    return hashlib.sha256(json.dumps({**values, "data": data_sha256}, sort_keys=True).encode()).hexdigest()
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """Return a JSON document of a run, or nothing if it is not there."""
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}", code="train.run-file", repair="remove the run") from None
+    return document
+
+
+def write_document(path: Path, document: Mapping[str, Any]) -> None:
+    write_file(path, (json.dumps(document, indent=1, ensure_ascii=False, default=str) + "\n").encode())
