@@ -342,13 +342,13 @@ def test_the_same_step_again_is_no_progress_in_training_and_is_in_validation() -
     assert board.read(0).progress_ns > before.progress_ns
 
 
-def test_time_spent_saving_does_not_count_as_a_step() -> None:
+def test_a_step_lasts_until_the_next_one_or_the_saving_that_follows_it() -> None:
     board = Board(1)
     seat = Seat(board=board)
     for step in (1, 2):
         seat.beat(step)
     seat.beat(2, "saving")
-    seat.beat(2)
+    seat.beat(2, "validating")
     seat.beat(3)
     assert board.read(0).num_steps == 2
 

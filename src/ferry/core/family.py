@@ -68,6 +68,27 @@ def packed(name: str, *order: str) -> dict[str, str | Packed]:
     return {role: Packed(name, order, role) for role in order}
 
 
+class Vision(NamedTuple):
+    """How pictures enter a model: a tower makes vectors of them, and these take the places of placeholder tokens.
+
+    Positions of such models have three axes (time, height, width); transformers' decoder takes them as [3, B, T].
+    """
+
+    tensors: str
+    """What the names of the tower's tensors begin with in files. They are `carried`."""
+    whole: str
+    """The class of transformers that makes the whole model."""
+    tower: str
+    """The name of the tower in that model."""
+    decoder: tuple[str, str]
+    """What the names of the decoder's tensors begin with in files, and in that model: adapters have the latter."""
+    tokens: Mapping[str, int]
+    """Keys of the config that name placeholder tokens (`image_token_id`, `video_token_id`), and their defaults."""
+
+    def token(self, key: str, config: Mapping[str, Any]) -> int:
+        return int(config.get(key, self.tokens[key]))
+
+
 Config = Mapping[str, Any]
 SIZES: dict[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers",), "hidden_size": ("hidden_size",), "ffn_hidden_size": ("intermediate_size",),
@@ -76,7 +97,7 @@ SIZES: dict[str, tuple[str, ...]] = {
     "experts_per_token": ("num_experts_per_tok",), "expert_ffn_hidden_size": ("moe_intermediate_size",),
     "norm_epsilon": ("rms_norm_eps",), "max_positions": ("max_position_embeddings",), "rotary_base": ("rope_theta",),
 }  # fmt: skip
-"""Where a Llama-like config.json keeps each size. A family overrides what it names otherwise."""
+"""Where a Llama-like config.json keeps each size; `a.b` is a key inside another. A family overrides what differs."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +127,8 @@ class Family:
     """The head's rows are divided by their length at run time (NormHead): done once on the way to Megatron."""
     modules: Mapping[str, str] = field(default_factory=dict)
     """What transformers calls the router and the fused experts (`EXPERT_UP`: gate and up; `EXPERT_DOWN`) in memory."""
+    vision: Vision | None = None
+    """How pictures enter, where they can."""
 
     def roles(self, config: Config) -> dict[str, str | Packed]:
         """Return the roles that exist for this config."""
@@ -118,8 +141,10 @@ class Family:
     def read(self, key: str, config: Config, default: Any = None) -> Any:
         """Return a size from the config by Ferry's name for it."""
         for name in self.sizes.get(key, SIZES[key]):
-            if config.get(name) is not None:
-                return config[name]
+            outer, _, inner = name.rpartition(".")
+            found = ((config.get(outer) or {}) if outer else config).get(inner)
+            if found is not None:
+                return found
         return default
 
     def dims(self, config: Config) -> Dims:

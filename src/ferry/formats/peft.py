@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,6 +78,8 @@ class Adapter:
     modules: Mapping[str, Pair]
     manifest: Manifest | None
     """None where it was not made by Ferry."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What the adapter itself calls modules that the model's files name otherwise."""
 
     @property
     def base_sha256(self) -> str:
@@ -91,7 +93,7 @@ class Adapter:
         return str(details.get("base", {}).get("name") or self.config.base_model_name_or_path or "another model")
 
     def scale(self, module: str) -> float:
-        return self.config.scale(module)
+        return self.config.scale(self.names.get(module, module))
 
     def read(self, module: str) -> Factors:
         """Return the two matrices of a module as float32."""
@@ -107,6 +109,21 @@ def open_adapter(directory: Path) -> Adapter:
         _check_pair(config, module, pair, directory)
     manifest = manifest_of(directory)
     return Adapter(directory, config, pairs, manifest if manifest and manifest.kind == KIND else None)
+
+
+def in_memory(model: Model, name: str) -> str:
+    """Return what PEFT calls a tensor or module: its name in the model that transformers makes."""
+    in_files, made = model.family.vision.decoder if model.family.vision is not None else ("", "")
+    return made + name.removeprefix(in_files) if name.startswith(in_files) else name
+
+
+def named_for(adapter: Adapter, model: Model) -> Adapter:
+    """Return an adapter whose modules have the names of a model's files."""
+    in_files, made = model.family.vision.decoder if model.family.vision is not None else ("", "")
+    names = {in_files + name.removeprefix(made): name for name in adapter.modules if name.startswith(made)}
+    modules = {name: adapter.modules[own] for name, own in names.items()}
+    strangers = {name: pair for name, pair in adapter.modules.items() if not name.startswith(made)}
+    return replace(adapter, modules={**modules, **strangers}, names=names)
 
 
 def check_intact(adapter: Adapter) -> None:

@@ -23,7 +23,7 @@ from ferry.core.progress import Reporter
 from ferry.core.safetensors import make_header
 from ferry.formats.checkpoint import Checkpoint
 from ferry.formats.fingerprint import file_digests, manifest_of, tensor_digests
-from ferry.formats.peft import KIND, PREFIX, WEIGHTS, Adapter, check_fits, open_adapter
+from ferry.formats.peft import KIND, PREFIX, WEIGHTS, Adapter, check_fits, in_memory, named_for, open_adapter
 from ferry.formats.peft_config import CONFIG, AdapterConfig
 from ferry.formats.peft_targets import short_targets
 
@@ -85,14 +85,15 @@ def write_adapter(
 
     `tensors` are `MODULE.lora_A.weight` [R, I] and `MODULE.lora_B.weight` [O, R] by the names of the base model.
     """
-    header = make_header([(PREFIX + name, "F32", tensors[name].shape) for name in sorted(tensors)], {"format": "pt"})
+    names = {name: PREFIX + in_memory(base.model, name) for name in sorted(tensors)}
+    header = make_header([(names[name], "F32", tensors[name].shape) for name in names], {"format": "pt"})
     with open(work / WEIGHTS, "wb") as file:
         file.write(header.raw)
-        for name in sorted(tensors):
+        for name in names:
             file.write(np.ascontiguousarray(tensors[name], np.float32).data)
     (work / CONFIG).write_text(json.dumps(config.to_json(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     adapter = open_adapter(work)
-    check_fits(adapter, base.model, base.name)
+    check_fits(named_for(adapter, base.model), base.model, base.name)
     manifest = Manifest(
         kind=KIND,
         name=making.name,

@@ -21,11 +21,12 @@ from ferry.core.manifest import MANIFEST_NAME, Manifest, Node
 from ferry.core.progress import Reporter
 from ferry.core.staging import StagedDirectory, check_target
 from ferry.core.verb import Result
+from ferry.formats import peft
 from ferry.formats.checkpoint import Checkpoint, Draft
 from ferry.formats.fingerprint import damaged_files, file_digests, manifest_of, tensor_digests
 from ferry.formats.hf_write import draft_hf
 from ferry.formats.opening import check_archives, open_checkpoint
-from ferry.formats.peft import Adapter, Factors, check_base, check_fits, check_intact, open_adapter, shortened
+from ferry.formats.peft import Adapter, Factors, check_base, check_fits, check_intact, shortened
 from ferry.formats.peft_targets import short_targets
 from ferry.formats.peft_write import Base, base_of, lineage_of
 
@@ -85,8 +86,8 @@ def merge(
 
 def prepare(base: Path, adapter: Path) -> Merge:
     """Open both, and refuse what cannot be merged, from headers and manifests alone. Writes nothing."""
-    opened = open_adapter(adapter)
     source = open_checkpoint(base)
+    opened = peft.named_for(peft.open_adapter(adapter), source.model)
     promised = manifest_of(base)
     if promised is not None and promised.model_sha256:
         check_base(opened, promised.model_sha256, str(base))

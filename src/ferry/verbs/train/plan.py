@@ -23,13 +23,15 @@ from ferry.devices.device import Device, find
 from ferry.formats.checkpoint import Checkpoint
 from ferry.formats.fingerprint import content_id, manifest_of
 from ferry.formats.opening import open_checkpoint
-from ferry.formats.peft import check_base, check_fits, open_adapter
+from ferry.formats.peft import check_base, check_fits, named_for, open_adapter
 from ferry.formats.peft_targets import target_modules
 from ferry.recipes.catalogue import Recipe, corrected, find_recipe, problems
 from ferry.verbs.train import merge, runfiles
 from ferry.verbs.train.config import TrainConfig
 from ferry.verbs.train.crew.seat import cluster_from_environment
 from ferry.verbs.train.data.settings import parse_item
+from ferry.verbs.train.vision.layout import check_layout, tower_sentence
+from ferry.verbs.train.vision.pictures import VisionSpec, vision_spec
 
 DEFAULT_SEQ_LEN = 2048
 DEFAULT_GLOBAL_BATCH = 8
@@ -77,7 +79,13 @@ class Prepared:
             "rows": rows,
             "lora": {**config.lora.model_dump(mode="json"), "modules": len(self.modules)} if self.modules else {},
             "adapter": str(manifest_id(config.adapter)) if config.adapter else "",
+            **({"image_processor": self.vision.processor_sha256} if self.vision else {}),
         }
+
+    @property
+    def vision(self) -> VisionSpec | None:
+        """Return how pictures enter; None where they cannot, or are not asked for."""
+        return vision_spec(self.model, self.assets) if self.config.method != "pretrain" else None
 
     def flops(self) -> float:
         """Return the operations of one token, for the model's flops utilisation."""
@@ -144,7 +152,10 @@ def prepare(config: TrainConfig) -> Prepared:
     for item in (*config.data, *config.rows.validation):
         parse_item(item)
     dtype = _dtype(config, device, choices)
-    sharded = _sharded(config, mesh, choices)
+    if source.model.family.vision is not None:
+        check_layout(source, config, mesh)
+        choices.append(tower_sentence(source))
+    sharded = _sharded(config, source, mesh, choices)
     modules = _modules(config, source, choices)
     setup = Setup(
         seq_len, config.micro_batch, "lora" if modules else "all", DTYPES[dtype],  # type: ignore[arg-type]
@@ -252,13 +263,14 @@ def _dtype(config: TrainConfig, device: Device, choices: list[str]) -> str:
     return config.dtype
 
 
-def _sharded(config: TrainConfig, mesh: Mesh, choices: list[str]) -> bool:
+def _sharded(config: TrainConfig, source: Checkpoint, mesh: Mesh, choices: list[str]) -> bool:
     if mesh.dp == 1:
         return False
-    wish = config.layout.shard
-    sharded = wish == "full" or (wish == "auto" and config.method != "lora")
+    wish, can_see = config.layout.shard, source.model.family.vision is not None
+    sharded = wish == "full" or (wish == "auto" and config.method != "lora" and not can_see)
     how = "sharded over dp (FSDP2)" if sharded else "replicated over dp, gradients summed"
-    choices.append(f"parameters are {how}{': the base is frozen, only adapters are summed' if not sharded else ''}")
+    why = ": the base is frozen, only adapters are summed" if config.method == "lora" and not sharded else ""
+    choices.append(f"parameters are {how}{why}")
     return sharded
 
 
@@ -267,7 +279,7 @@ def _modules(config: TrainConfig, source: Checkpoint, choices: list[str]) -> tup
         return ()
     if config.adapter is None:
         return tuple(target_modules(source.model, config.lora.targets))
-    adapter = open_adapter(config.adapter)
+    adapter = named_for(open_adapter(config.adapter), source.model)
     check_fits(adapter, source.model, str(config.model))
     promised = manifest_of(source.directory)
     if promised is not None and promised.model_sha256:

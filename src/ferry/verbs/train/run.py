@@ -85,6 +85,7 @@ def _data_settings(prepared: Prepared) -> DataSettings:
         num_workers=rows.workers,
         seed=config.seed,
         chat_template=rows.chat_template,
+        vision=prepared.vision,
     )
 
 

@@ -21,6 +21,8 @@ from ferry.verbs.train.crew.supervisor import supervise
 def main(words: list[str]) -> None:
     # Until everything is imported, SIGTERM ends the process at once: there is nothing to save.
     die_with_parent(signal.SIGTERM, os.getppid())
+    if sys.version_info < (3, 11):
+        sys.path.pop(0)  # the working directory: there is no flag to leave it out
     path = Path(words[0])
     end = socket.socket(fileno=int(words[1]))
     end.set_inheritable(False)

@@ -28,10 +28,10 @@ def limit_s(beat: Beat, spec: CrewSpec) -> float:
 def failure_of_exit(rank: int, step: int, exit_code: int, log: str) -> Failure:
     """Describe a worker that ended without a report. `exit_code` is negative for a signal."""
     if exit_code >= 0:
-        message = f"rank {rank} left with exit status {exit_code} and without a report, after step {step}"
+        message = f"rank {rank} left with exit status {exit_code} and without a report, in step {step}"
         return Failure("train.worker-exit", message, f"see {log}", rank, step)
     name = signal.strsignal(-exit_code)
-    message = f"rank {rank} was killed by signal {-exit_code} ({name}) after step {step}"
+    message = f"rank {rank} was killed by signal {-exit_code} ({name}) in step {step}"
     hint = "out of memory? see dmesg, and " if -exit_code == signal.SIGKILL else "see "
     return Failure("train.worker-killed", message, f"{hint}{log}", rank, step)
 

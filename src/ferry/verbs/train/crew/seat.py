@@ -70,13 +70,16 @@ class Seat:
         self._last = self._board.read(self._row)
 
     def beat(self, step: int, phase: Phase = "training") -> None:
-        """Show progress. In training only a new step is progress; in the other phases every call is."""
+        """Show progress: step `step` (the first is 1) or another phase begins.
+
+        In training only a new step is progress; in the other phases every call is.
+        """
         if not self.launched and os.getppid() != self._parent:
             os._exit(1)  # the supervisor is gone, and this system sends no signal for that
         place, now_ns, last = PHASES.index(phase), time.monotonic_ns(), self._last
-        if place == last.phase == _TRAINING:
-            if step == last.step:
-                return
+        if (place, step) == (_TRAINING, last.step) and last.phase == _TRAINING:
+            return
+        if last.phase == _TRAINING:
             self._durations_ns.append(now_ns - last.progress_ns)
         median_ns = int(statistics.median(self._durations_ns or [0]))
         self._last = Beat(now_ns, step, place, median_ns, len(self._durations_ns))

@@ -24,6 +24,8 @@ from ferry.verbs.train.data.conversation import BadRow, Conversation
 from ferry.verbs.train.data.handlers import Handler, convert, named_handler
 from ferry.verbs.train.data.rendering import RendererSpec, Tokens, renderer
 from ferry.verbs.train.data.settings import Truncation
+from ferry.verbs.train.vision.pictures import Picture
+from ferry.verbs.train.vision.rows import encoded, is_cut
 
 CHUNK_BYTES = 1 << 18
 MAX_CHUNK_ROWS = 2048
@@ -39,6 +41,8 @@ class Chunk(NamedTuple):
     places: tuple[str, ...]
     payloads: tuple[Any, ...]
     num_bytes: int
+    folder: str = ""
+    """Where relative paths in the rows begin."""
 
 
 class Spec(NamedTuple):
@@ -65,6 +69,7 @@ class Done:
     ids_T: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     supervised_T: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
     lengths: list[int] = field(default_factory=list)
+    pictures: list[tuple[Picture, ...]] = field(default_factory=list)
     bad: list[Finding] = field(default_factory=list)
     too_long: list[tuple[int, str]] = field(default_factory=list)
     """Length and place of samples longer than allowed."""
@@ -111,7 +116,7 @@ def work(spec: Spec, chunk: Chunk) -> Done:
         for row_place, payload in zip(chunk.places, chunk.payloads, strict=True):
             where = f"{chunk.source}{row_place}"
             try:
-                sample = _encoded(spec, handler, payload, where)
+                sample = _encoded(spec, handler, payload, where, chunk.folder)
             except BadRow as reason:
                 done.bad.append(Finding(where, str(reason)))
                 continue
@@ -125,9 +130,9 @@ def place(sample: Tokens, where: str, spec: Spec, samples: list[Tokens], done: D
     """Keep a sample, cut it, or leave it out; count what happens."""
     if spec.max_len is not None and len(sample.ids_T) > spec.max_len:
         done.too_long.append((len(sample.ids_T), where))
-        if spec.truncation != "cut":
+        if spec.truncation != "cut" or is_cut(sample, spec.max_len, spec.rendering.vision):
             return
-        sample = Tokens(sample.ids_T[: spec.max_len], sample.supervised_T[: spec.max_len])
+        sample = Tokens(sample.ids_T[: spec.max_len], sample.supervised_T[: spec.max_len], sample.pictures)
     # The first token of a sample follows nothing: it cannot be learned.
     if not sample.supervised_T[1:].any():
         done.num_without_target += 1
@@ -141,14 +146,17 @@ def filled(done: Done, samples: Sequence[Tokens]) -> Done:
         done.ids_T = np.concatenate([sample.ids_T for sample in samples])
         done.supervised_T = np.concatenate([sample.supervised_T for sample in samples])
         done.lengths = [len(sample.ids_T) for sample in samples]
+        done.pictures = [sample.pictures for sample in samples]
     return done
 
 
-def _encoded(spec: Spec, handler: Handler, payload: Any, where: str) -> Tokens:
-    meaning = convert(handler, readers.parse(payload))
+def _encoded(spec: Spec, handler: Handler, payload: Any, where: str, folder: str) -> Tokens:
+    meaning, vision = convert(handler, readers.parse(payload)), spec.rendering.vision
+    if isinstance(meaning, Conversation) and vision is not None:
+        return encoded(renderer(spec.rendering), meaning, folder, vision)
     if isinstance(meaning, Conversation) and meaning.images:
         raise InputError(
-            f"{where} has pictures, which a token file cannot hold",
+            f"{where} has pictures, which only sft and lora of a vision-language model can use",
             code="data.images",
             repair="train a vision-language model, or take the pictures out",
         )
@@ -156,7 +164,8 @@ def _encoded(spec: Spec, handler: Handler, payload: Any, where: str) -> Tokens:
 
 
 def _chunk(source: readers.Source, handler: str, rows: Sequence[readers.Row], num_bytes: int) -> Chunk:
-    return Chunk(source.name, handler, tuple(row.place for row in rows), tuple(row.payload for row in rows), num_bytes)
+    places, payloads = tuple(row.place for row in rows), tuple(row.payload for row in rows)
+    return Chunk(source.name, handler, places, payloads, num_bytes, str(source.path.parent.absolute()))
 
 
 def _by_workers(chunks: Iterable[Chunk], spec: Spec, num_workers: int) -> Iterator[Done]:

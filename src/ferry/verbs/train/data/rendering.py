@@ -24,6 +24,7 @@ import numpy.typing as npt
 from ferry.core.errors import InputError
 from ferry.verbs.train.data.conversation import BadRow, Conversation, Meaning, Message, Text
 from ferry.verbs.train.data.settings import TrainOn
+from ferry.verbs.train.vision.pictures import Picture, VisionSpec
 
 Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]
@@ -49,13 +50,16 @@ class RendererSpec:
     """The text of a template that replaces the tokenizer's; "" = the tokenizer's own."""
     template_name: str = ""
     trust_remote_code: bool = False
+    vision: VisionSpec | None = None
+    """How pictures enter, where they may."""
 
 
 class Tokens(NamedTuple):
-    """A sample: token ids, and for each whether it is to be learned."""
+    """A sample: token ids, and for each whether it is to be learned; and its pictures, in the order of their places."""
 
     ids_T: Int32
     supervised_T: Bool
+    pictures: tuple[Picture, ...] = ()
 
 
 @lru_cache(maxsize=2)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ferry.core.errors import ConfigError, InputError
+from ferry.verbs.train.vision.pictures import VisionSpec
 
 Method = Literal["sft", "lora", "pretrain"]
 Truncation = Literal["refuse", "cut", "drop"]
@@ -44,6 +45,8 @@ class DataSettings:
     seed: int = 1234
     chat_template: Path | None = None
     trust_remote_code: bool = False
+    vision: VisionSpec | None = None
+    """How pictures enter the model, where they can."""
 
 
 class DataItem(NamedTuple):

@@ -67,7 +67,7 @@ def prepare_tokens(path: Path, settings: DataSettings, reporter: Reporter) -> To
         judge_bad(tally, tally.num_rows, settings)
         return cached
     with StagedDirectory(target, overwrite=target.exists()) as staged:
-        with TokenWriter(staged.work) as writer:
+        with TokenWriter(staged.work, with_pictures=settings.vision is not None) as writer:
             tally = _write(writer, work, settings, reporter)
             judge(tally, writer.num_samples, path, settings)
             facts = {"formats": work.formats, "skipped_files": work.skipped, "rows": tally.to_json()}
@@ -93,6 +93,7 @@ def rendering_spec(settings: DataSettings, *, learn_all: bool = False) -> Render
         chat_template=template.read_text(encoding="utf-8") if template is not None else "",
         template_name=str(template) if template is not None else "",
         trust_remote_code=settings.trust_remote_code,
+        vision=settings.vision,
     )
 
 
@@ -184,7 +185,7 @@ def _values(source: readers.Source) -> Iterator[object]:
 
 def _described(sources: list[dict[str, Any]], spec: chunks.Spec, settings: DataSettings) -> dict[str, Any]:
     """Return everything the tokens depend on; its digest is the key."""
-    template = renderer(spec.rendering).template
+    template, vision = renderer(spec.rendering).template, spec.rendering.vision
     return {
         "recipe": RECIPE,
         "sources": sources,
@@ -195,6 +196,7 @@ def _described(sources: list[dict[str, Any]], spec: chunks.Spec, settings: DataS
             "seq_len": spec.max_len,
             "truncation": spec.truncation if spec.max_len is not None else None,
         },
+        **({"image_processor_sha256": vision.processor_sha256, "image_token": vision.image_token} if vision else {}),
     }
 
 
@@ -209,6 +211,10 @@ def _cached(target: Path, key: str, reporter: Reporter) -> TokenSet | None:
     if found.index.get("key") != key:
         reporter.event("data-rejected", directory=target.name, reason="it was made from something else")
         return None
+    changed = found.pictures.first_changed() if found.pictures is not None else ""
+    if changed:
+        reporter.event("data-rejected", directory=target.name, reason=f"the picture {changed} changed")
+        return None
     reporter.event("data-reused", directory=target.name, num_samples=found.num_samples, num_tokens=found.num_tokens)
     return found
 
@@ -220,7 +226,7 @@ def _write(writer: TokenWriter, work: Work, settings: DataSettings, reporter: Re
         with closing(work.start()) as results:  # type: ignore[type-var]
             for done in results:
                 tally.add(done)
-                writer.append(done.ids_T, done.supervised_T, done.lengths)
+                writer.append(done.ids_T, done.supervised_T, done.lengths, done.pictures)
                 reporter.advance(done.num_bytes)
                 if work.num_rows is not None:
                     judge_bad(tally, work.num_rows, settings)

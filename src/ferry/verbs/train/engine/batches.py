@@ -13,6 +13,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ferry.verbs.train.vision.pictures import Picture
+
 Ints = npt.NDArray[np.int64]
 NO_LABEL = -1
 LENGTH_STEP = 64
@@ -26,6 +28,7 @@ class Sample(NamedTuple):
     tokens: npt.NDArray[np.int32]
     supervised: npt.NDArray[np.bool_]
     starts: Ints
+    pictures: tuple[Picture, ...] = ()
 
 
 class SampleSource(Protocol):
@@ -61,6 +64,11 @@ class Micro(NamedTuple):
     positions_T: Ints
     labels_T: Ints
     token_ids_T: Ints
+    pictures: tuple[Picture, ...] = ()
+
+    @property
+    def arrays(self) -> tuple[Ints, Ints, Ints, Ints]:
+        return self[:4]
 
 
 class StepBatch(NamedTuple):
@@ -157,4 +165,5 @@ def _micro(row: list[int], samples: list[Sample], first: int, length: int) -> Mi
         token_ids[at:end] = (first + number) * MAX_POSITIONS + np.arange(end - at)
         at = end
     positions[at:] = np.arange(length - at)
-    return Micro(ids, positions, labels, token_ids)
+    pictures = tuple(picture for number in row for picture in samples[number].pictures)
+    return Micro(ids, positions, labels, token_ids, pictures)

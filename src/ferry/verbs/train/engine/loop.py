@@ -47,16 +47,16 @@ def train(engine: Engine, first_step: int) -> str:
     job, seat, store = engine.job, engine.seat, engine.store
     saved = first_step
     for step in range(first_step, job.steps):
-        seat.beat(step, "training")
+        seat.beat(step + 1, "training")
         store.check()
         stop = _train_step(engine, step)
         last = step + 1 == job.steps
         if stop or last or (step + 1) % job.save_every == 0:
-            seat.beat(step, "saving")
+            seat.beat(step + 1, "saving")
             store.save(step + 1, engine.optimizer, state_values(engine, step + 1))
             saved = step + 1
         if engine.validation and _is_due(job, step + 1):
-            seat.beat(step, "validating")
+            seat.beat(step + 1, "validating")
             _validate(engine, step + 1)
         if stop:
             break

@@ -42,8 +42,8 @@ class Runner:
         for index, row in enumerate(rows):
             if isinstance(stage, FSDPModule):
                 stage.set_requires_gradient_sync(index == len(rows) - 1)
-            tensors = [torch.from_numpy(array)[None].to(self._device) for array in row]
-            loss = stage(*tensors)
+            tensors = [torch.from_numpy(array)[None].to(self._device) for array in row.arrays]
+            loss = stage(*tensors, pictures=row.pictures)
             if train:
                 loss.backward()
             total += float(loss.detach())
@@ -52,7 +52,7 @@ class Runner:
     def _pipeline(self, rows: Sequence[Micro], train: bool) -> float:
         ids, positions, labels, token_ids = (
             torch.stack([torch.from_numpy(array) for array in column]).to(self._device)
-            for column in zip(*rows, strict=True)
+            for column in zip(*(row.arrays for row in rows), strict=True)
         )
         key = (len(rows), ids.shape[1], train)
         if key not in self._schedules:

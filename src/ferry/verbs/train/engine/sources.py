@@ -28,8 +28,8 @@ class Samples:
         if epoch != self._epoch:
             self._order = self._order_of(epoch)
             self._epoch = epoch
-        tokens, supervised = self._mixture.sample(int(self._order[place]))[:2]
-        return Sample(tokens, supervised.astype(np.bool_), ONE_DOCUMENT)
+        found = self._mixture.sample(int(self._order[place]))
+        return Sample(found.ids_T, found.supervised_T.astype(np.bool_), ONE_DOCUMENT, found.pictures)
 
     def epoch_of(self, number: int) -> float:
         return number / self._mixture.num_samples
@@ -69,14 +69,15 @@ def open_sources(job: Job) -> tuple[SampleSource, Mixture | None]:
 
 
 def validation_samples(mixture: Mixture, seq_len: int) -> list[Sample]:
-    """Return all validation samples; texts longer than seq_len are cut into pieces of it."""
+    """Return all validation samples; texts longer than seq_len are cut into pieces of it, pictures never are."""
     found = []
     for number in range(mixture.num_samples):
-        tokens, supervised = mixture.sample(number)[:2]
+        tokens, supervised, pictures = mixture.sample(number)
         for start in range(0, len(tokens), seq_len):
             part = slice(start, start + seq_len)
             if len(tokens[part]) > 1:
-                found.append(Sample(tokens[part], supervised[part].astype(np.bool_), ONE_DOCUMENT))
+                own = () if start else pictures
+                found.append(Sample(tokens[part], supervised[part].astype(np.bool_), ONE_DOCUMENT, own))
     return found
 
 

@@ -7,7 +7,7 @@ code is subclassed, copied or patched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ferry.verbs.train.engine.linear import Adapter, Embedding, Linear, initial_
 from ferry.verbs.train.engine.loss import Vocabulary, loss_sum
 from ferry.verbs.train.engine.parameters import Held, to_torch
 from ferry.verbs.train.engine.placement import Place, Rank, adapter_places, places
+from ferry.verbs.train.vision.pictures import Picture
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,19 @@ class Stage(nn.Module):
         self.embedding: Embedding | None = None
         self.head: Embedding | None = None
         self.vocabulary: Vocabulary | None = None
+        self.sight: nn.Module | None = None
+        """Puts pictures into the embedded tokens, where the model can see."""
 
     def forward(
-        self, x: torch.Tensor, positions_BT: torch.Tensor, labels_BT: torch.Tensor, token_ids_BT: torch.Tensor
-    ) -> torch.Tensor:
+        self, x: torch.Tensor, positions_BT: torch.Tensor, labels_BT: torch.Tensor, token_ids_BT: torch.Tensor,
+        pictures: Sequence[Picture] = (),
+    ) -> torch.Tensor:  # fmt: skip
         """Return hidden states [1, T, H], or on the last stage the scaled sum of losses [1]."""
         self.context.enter(self.step, token_ids_BT[0])
         h_BTH = self.embedding(x) if self.embedding is not None else x
         segments = attention.segment_lengths(positions_BT[0])
+        if self.sight is not None:
+            h_BTH, positions_BT = self.sight(h_BTH, x, positions_BT, pictures)
         found = self.decoder(
             inputs_embeds=h_BTH, position_ids=positions_BT, use_cache=False, segments=segments, return_dict=True
         )
@@ -110,7 +116,7 @@ def build_stage(
             builder.fill_layer(decoder.layers[index], layer, wanted)
     _fill_final_norm(decoder, chunk, wanted, builder)
     assert not wanted, f"no module takes {sorted(wanted)[:3]}"
-    _rebuild_buffers(decoder, recipe.device)
+    rebuild_buffers(decoder, recipe.device)
     if recipe.recompute:
         _recompute(decoder, context)
     stage.train()
@@ -128,18 +134,17 @@ def load_config(directory: Path) -> Any:
 
 
 def _empty_decoder(directory: Path, chunk: Chunk) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel
 
     try:
         with torch.device("meta"):
-            whole = AutoModelForCausalLM.from_config(load_config(directory))  # type: ignore[no-untyped-call]
+            decoder: Any = AutoModel.from_config(load_config(directory).get_text_config())  # type: ignore[no-untyped-call]
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise InputError(
             f"transformers cannot make the model in {directory}: {' '.join(str(error).split())[:300]}",
             code="train.model-code",
             repair="models whose code travels with the checkpoint cannot be trained yet",
         ) from None
-    decoder: Any = whole.get_decoder()
     layers = decoder.layers
     decoder.layers = nn.ModuleList([layers[layer] for layer in chunk.layers if layer is not None])
     decoder.embed_tokens = None
@@ -288,7 +293,7 @@ def _fill_final_norm(decoder: nn.Module, chunk: Chunk, wanted: dict[str, Place],
         setattr(decoder, leaf, nn.Identity())
 
 
-def _rebuild_buffers(decoder: nn.Module, device: torch.device) -> None:
+def rebuild_buffers(decoder: nn.Module, device: torch.device) -> None:
     """Compute what the meta device left out: buffers that follow from the config, as rotary frequencies."""
     for path, module in list(decoder.named_modules()):
         if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from ferry.core.errors import ConfigError, IntegrityError
+from ferry.core.family import Model
 from ferry.core.gather import Sources
 from ferry.core.layout import Part, Slot, whole
 from ferry.core.metrics import METRICS_FILE, MetricsWriter, StepMetrics, ValidationPoint, lm_loss_line
@@ -19,7 +20,7 @@ from ferry.core.pipeline import pipeline
 from ferry.devices.device import Device, find
 from ferry.formats.checkpoint import Checkpoint
 from ferry.formats.opening import open_checkpoint
-from ferry.formats.peft import open_adapter
+from ferry.formats.peft import named_for, open_adapter
 from ferry.verbs.train.crew.seat import Seat
 from ferry.verbs.train.engine.batches import Packing
 from ferry.verbs.train.engine.checkpoint import Store
@@ -32,6 +33,8 @@ from ferry.verbs.train.engine.schedule import Runner
 from ferry.verbs.train.engine.sources import open_sources, validation_samples
 from ferry.verbs.train.engine.stage import Built, Recipe, build_stage
 from ferry.verbs.train.job import Job
+from ferry.verbs.train.vision.pictures import vision_spec
+from ferry.verbs.train.vision.sight import build_sight
 
 LOG_FILE = "train.log"
 COLLECTIVE_LIMIT = timedelta(hours=2)
@@ -109,11 +112,17 @@ def _build(job: Job, checkpoint: Checkpoint, groups: Groups, where: torch.device
     )  # fmt: skip
     chunks = pipeline(dims.num_layers, job.mesh.pp, job.mesh.vpp, job.config.layout.layer_list)
     own = [chunk for chunk in chunks if chunk.stage == groups.pp_rank]
-    adapter = Sources(adapter_slots(job.config.adapter)) if job.config.adapter is not None else None
+    given = job.config.adapter
+    adapter = Sources(adapter_slots(given, checkpoint.model)) if given is not None else None
     with Sources(checkpoint.slots) as sources:
         built = [
             build_stage(job.assets, checkpoint.model, chunk, groups, recipe, context, sources, adapter) for chunk in own
         ]
+    vision = vision_spec(checkpoint.model, job.assets)
+    if vision is not None:
+        built[0].stage.sight = build_sight(
+            job.assets, checkpoint.model, checkpoint.carried, vision, recipe.dtype, where
+        )
     if job.sharded:
         for one in built:
             _shard(one, groups, recipe.dtype)
@@ -132,10 +141,10 @@ def _shard(built: Built, groups: Groups, dtype: torch.dtype) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def adapter_slots(directory: Path) -> list[Slot]:
+def adapter_slots(directory: Path, model: Model) -> list[Slot]:
     """Return the matrices of a PEFT adapter as slots of canonical tensors."""
     slots = []
-    for module, pair in open_adapter(directory).modules.items():
+    for module, pair in named_for(open_adapter(directory), model).modules.items():
         for letter, stored in (("A", pair.a), ("B", pair.b)):
             part = Part(f"{module}.lora_{letter}.weight", 0, *stored.shape)
             slots.append(Slot(stored.path, stored.offset, stored.dtype, whole(part), part.name))
