@@ -10,12 +10,13 @@ from ferry.formats.checkpoint import Checkpoint
 from ferry.formats.fingerprint import damaged_files, manifest_of
 from ferry.formats.hf import is_hf, open_hf
 from ferry.formats.megatron import is_megatron, open_megatron
+from ferry.formats.peft import is_adapter
 from ferry.formats.torch_dist import archives, is_torch_dist, open_torch_dist
 from ferry.formats.torch_zip import TorchArchive, check_crcs, open_torch
 
 
 def sniff(directory: Path) -> str:
-    """Return the format of a directory or file: `hf`, `megatron`, `torch_dist` or `gguf`."""
+    """Return the format of a directory or file: `hf`, `megatron`, `torch_dist`, `gguf` or `adapter`."""
     if directory.is_file() and directory.suffix == ".gguf":
         return "gguf"
     if not directory.is_dir():
@@ -27,6 +28,8 @@ def sniff(directory: Path) -> str:
         return "megatron"
     if is_hf(directory):
         return "hf"
+    if is_adapter(directory):
+        return "adapter"
     raise InputError(
         f"{directory} is neither a Hugging Face model (config.json) nor a Megatron checkpoint "
         "(latest_checkpointed_iteration.txt or mp_rank_*)",
@@ -42,6 +45,12 @@ def open_checkpoint(directory: Path, hf_assets: Path | None = None) -> Checkpoin
         return open_torch_dist(directory, hf_assets)
     if kind == "megatron":
         return open_megatron(directory, hf_assets)
+    if kind == "adapter":
+        raise InputError(
+            f"{directory} is a LoRA adapter, expected a model",
+            code="input.adapter",
+            repair="`ferry train merge` puts it into its base",
+        )
     if kind == "gguf":
         raise InputError(f"{directory} is a GGUF file", code="input.gguf", repair="`ferry convert gguf2hf` first")
     return open_hf(directory)

@@ -126,6 +126,11 @@ def named_for(adapter: Adapter, model: Model) -> Adapter:
     return replace(adapter, modules={**modules, **strangers}, names=names)
 
 
+def is_adapter(directory: Path) -> bool:
+    """Say whether a directory looks like an adapter: it has the config of one and none of a model."""
+    return (directory / CONFIG).is_file() and not (directory / "config.json").is_file()
+
+
 def check_intact(adapter: Adapter) -> None:
     """Read an adapter that Ferry made, or a torch file, and compare it with its digests or CRCs."""
     damaged = damaged_files(adapter.directory, adapter.manifest) if adapter.manifest else []

@@ -10,6 +10,8 @@ from ferry.core.verb import Result
 
 def report(result: Result) -> str:
     """Return the screen: identity, sizes, layout, what is legal, and the two tables."""
+    if result["format"] == "adapter":
+        return _adapter(result)
     sizes = result["sizes"]
     heads = f"{sizes['num_heads']} heads, {sizes['num_groups']} kv heads of {sizes['head_dim']}"
     lines = [
@@ -34,6 +36,21 @@ def report(result: Result) -> str:
     lines += ["", *_groups(result), "", *_tokens(result)]
     if result["tensors"]:
         lines += ["", *_tensors(result["tensors"])]
+    return "\n".join(lines)
+
+
+def _adapter(result: Result) -> str:
+    targets = result["targets"] if isinstance(result["targets"], str) else ", ".join(result["targets"])
+    lines = [
+        f"{result['path']}: LoRA adapter of {result['base']}",
+        "",
+        f"parameters   {count_text(result['parameters'])}, rank {result['rank']}, alpha {result['alpha']:g}",
+        f"modules      {result['num_modules']}: {targets}",
+    ]
+    if result["base_model_sha256"]:
+        lines.append(f"base         model sha256 {result['base_model_sha256']}")
+    if result["manifest"]:
+        lines.append(f"manifest     {result['manifest']['made_by']}, sha256 {result['manifest']['model_sha256']}")
     return "\n".join(lines)
 
 

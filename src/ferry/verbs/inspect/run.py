@@ -19,6 +19,7 @@ from ferry.formats.fingerprint import manifest_of
 from ferry.formats.gguf import gguf_plan
 from ferry.formats.hf import missing_assets
 from ferry.formats.opening import open_checkpoint, sniff
+from ferry.formats.peft import is_adapter, open_adapter
 from ferry.verbs.inspect.config import InspectConfig
 
 TOKENS_PER_PARAMETER = (1, 5, 20, 100, 200, 1000)
@@ -40,6 +41,8 @@ def run(config: InspectConfig, reporter: Reporter) -> Result:
     """Return what the path holds, as JSON values."""
     if sniff(config.path) == "gguf":
         return _inspect_gguf(config)
+    if is_adapter(config.path):
+        return _inspect_adapter(config.path)
     checkpoint = open_checkpoint(config.path, config.hf_assets)
     specs = checkpoint.specs()
     shapes = checkpoint.model.canonical()
@@ -57,6 +60,26 @@ def run(config: InspectConfig, reporter: Reporter) -> Result:
         "missing": missing_assets(checkpoint.assets),
         "manifest": _summary(manifest) if manifest else None,
         "tensors": _tensor_table(checkpoint, typed) if config.tensors else [],
+    }
+
+
+def _inspect_adapter(path: Path) -> Result:
+    """Return what a LoRA adapter is: its settings, its modules, the model it belongs to."""
+    adapter = open_adapter(path)
+    shapes = [stored.shape for pair in adapter.modules.values() for stored in pair]
+    return {
+        "path": str(path),
+        "format": "adapter",
+        "rank": adapter.config.rank,
+        "alpha": adapter.config.alpha,
+        "targets": list(adapter.config.targets)
+        if not isinstance(adapter.config.targets, str)
+        else adapter.config.targets,
+        "num_modules": len(adapter.modules),
+        "parameters": sum(num_items(shape) for shape in shapes),
+        "base": adapter.base_name,
+        "base_model_sha256": adapter.base_sha256,
+        "manifest": _summary(adapter.manifest) if adapter.manifest else None,
     }
 
 

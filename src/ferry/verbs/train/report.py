@@ -33,8 +33,10 @@ def report(result: Result) -> str:
         f"{size_text(found['peak_memory_bytes'])}",
     ]
     if result["validation_loss"] is not None:
+        before = result["validation_perplexity_before"]
+        was = f" (before {before:.3f})" if before is not None else ""
         lines.append(
-            f"  validation loss {result['validation_loss']:.4f}, perplexity {result['validation_perplexity']:.3f}"
+            f"  validation loss {result['validation_loss']:.4f}, perplexity {result['validation_perplexity']:.3f}{was}"
         )
     if result["restarts"]:
         lines.append(f"  {len(result['restarts'])} restarts, each from the newest good checkpoint")

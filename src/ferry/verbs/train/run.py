@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ferry.core.environment import environment
 from ferry.core.errors import ConfigError, GateError
-from ferry.core.metrics import METRICS_FILE, read_metrics, read_validation, summary
+from ferry.core.metrics import METRICS_FILE, ValidationPoint, read_metrics, read_validation, summary
 from ferry.core.progress import Reporter
 from ferry.core.record import home
 from ferry.core.staging import write_file
@@ -211,9 +211,7 @@ def _finish(outcome: Outcome, job: Job, data: PreparedData, reporter: Reporter) 
         "identity": job.identity,
         "artifact": None,
         "summary": _summary(metrics),
-        "validation": [point.__dict__ for point in points[-1:]],
-        "validation_loss": points[-1].validation_loss if points else None,
-        "validation_perplexity": math.exp(points[-1].validation_loss) if points else None,
+        **_validation(points),
         "restarts": [restart._asdict() for restart in outcome.restarts],
         "report": str(page),
     }
@@ -225,6 +223,18 @@ def _finish(outcome: Outcome, job: Job, data: PreparedData, reporter: Reporter) 
     if cluster_from_environment().node_rank == 0:
         runfiles.write_document(job.output / runfiles.RESULT, result)
     return result
+
+
+def _validation(points: Sequence[ValidationPoint]) -> dict[str, Any]:
+    """Return loss and perplexity on the validation data, before the first step and after the last."""
+    before = points[0].validation_loss if points and points[0].step == 0 else None
+    after = points[-1].validation_loss if points else None
+    return {
+        "validation_loss_before": before,
+        "validation_loss": after,
+        "validation_perplexity_before": None if before is None else math.exp(before),
+        "validation_perplexity": None if after is None else math.exp(after),
+    }
 
 
 def _summary(metrics: Any) -> dict[str, Any]:

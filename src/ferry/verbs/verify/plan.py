@@ -7,6 +7,8 @@ from ferry.core.plan import Plan
 from ferry.formats.checkpoint import Checkpoint
 from ferry.formats.fingerprint import content_id, manifest_of
 from ferry.formats.opening import open_checkpoint, open_promised
+from ferry.formats.peft import is_adapter
+from ferry.verbs.verify.adapter import plan_adapter
 from ferry.verbs.verify.config import VerifyConfig
 
 INTERPRETER_BYTES = 60_000_000
@@ -14,6 +16,8 @@ INTERPRETER_BYTES = 60_000_000
 
 def plan(config: VerifyConfig) -> Plan:
     """Return what would be read; refuse what cannot be opened."""
+    if is_adapter(config.path):
+        return plan_adapter(config)
     opened = [open_promised(config.path, config.hf_assets)]
     if config.against is not None:
         opened.append(open_checkpoint(config.against, config.hf_assets))

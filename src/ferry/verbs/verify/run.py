@@ -16,6 +16,8 @@ from ferry.core.verb import Result
 from ferry.formats.checkpoint import Checkpoint
 from ferry.formats.fingerprint import file_digests, manifest_of, tensor_digests
 from ferry.formats.opening import check_archives, open_checkpoint, open_promised
+from ferry.formats.peft import is_adapter
+from ferry.verbs.verify.adapter import verify_adapter
 from ferry.verbs.verify.config import VerifyConfig
 
 SHOWN = 8
@@ -23,6 +25,8 @@ SHOWN = 8
 
 def run(config: VerifyConfig, reporter: Reporter) -> Result:
     """Verify and return what was found equal; raise IntegrityError with everything that is not."""
+    if is_adapter(config.path):
+        return verify_adapter(config, reporter)
     checkpoint = open_promised(config.path, config.hf_assets)
     manifest = manifest_of(checkpoint.directory)
     tensors = _read(checkpoint, config, reporter)

@@ -15,7 +15,6 @@ from ferry.core.errors import ConfigError, IntegrityError
 from ferry.core.family import Model
 from ferry.core.gather import Sources
 from ferry.core.layout import Part, Slot, whole
-from ferry.core.metrics import METRICS_FILE, MetricsWriter, StepMetrics, ValidationPoint, lm_loss_line
 from ferry.core.pipeline import pipeline
 from ferry.devices.device import Device, find
 from ferry.formats.checkpoint import Checkpoint
@@ -29,6 +28,7 @@ from ferry.verbs.train.engine.groups import Groups, make_groups
 from ferry.verbs.train.engine.loop import Engine, train
 from ferry.verbs.train.engine.optimizer import Optimizer, Schedule
 from ferry.verbs.train.engine.placement import kv_replicas
+from ferry.verbs.train.engine.recording import Recording
 from ferry.verbs.train.engine.schedule import Runner
 from ferry.verbs.train.engine.sources import open_sources, validation_samples
 from ferry.verbs.train.engine.stage import Built, Recipe, build_stage
@@ -36,7 +36,6 @@ from ferry.verbs.train.job import Job
 from ferry.verbs.train.vision.pictures import vision_spec
 from ferry.verbs.train.vision.sight import build_sight
 
-LOG_FILE = "train.log"
 COLLECTIVE_LIMIT = timedelta(hours=2)
 """Longer than any save: the supervisor sees a hang long before."""
 
@@ -82,10 +81,10 @@ def _work(seat: Seat, job: Job, device: Device) -> dict[str, Any]:
     source, validation = open_sources(job)
     runner = Runner([one.stage for one in built], groups, checkpoint.model.dims.hidden_size, _dtype(job.dtype), where)
     schedule = Schedule(settings.schedule, job.lr, settings.min_lr, job.warmup_steps, job.steps)
-    with _Log(job, seat.rank) as log:
+    with Recording(job, seat.rank, first_step) as recording:
         engine = Engine(
             job, seat, device, groups, runner, optimizer, schedule, _packing(job), source,
-            validation_samples(validation, job.seq_len) if validation else [], store, log.record,
+            validation_samples(validation, job.seq_len) if validation else [], store, recording.record,
         )  # fmt: skip
         status = train(engine, first_step)
     if dist.is_initialized():
@@ -185,30 +184,6 @@ def _packing(job: Job) -> Packing:
         uniform=mesh.pp > 1,
         packing=rows.packing,
     )
-
-
-class _Log:
-    """Rank 0's metrics.jsonl and the Megatron-like train.log; nothing on other ranks."""
-
-    def __init__(self, job: Job, rank: int) -> None:
-        self._job = job
-        self._writer = MetricsWriter(job.output / METRICS_FILE) if rank == 0 else None
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-    def record(self, line: StepMetrics | ValidationPoint) -> None:
-        assert self._writer is not None, "only rank 0 records"
-        self._writer.append(line)
-        if isinstance(line, StepMetrics):
-            devices = self._job.mesh.num_ranks
-            tflops = line.tokens_per_s * self._job.flops_per_token / devices / 1e12
-            with open(self._job.output / LOG_FILE, "a", encoding="utf-8") as file:
-                file.write(lm_loss_line(line, self._job.steps, self._job.global_batch, tflops) + "\n")
 
 
 def _dtype(name: str) -> torch.dtype:
