@@ -39,7 +39,7 @@ clean:
 	touch $@
 
 .venv/demo.stamp: .venv/torch.stamp pyproject.toml
-	$(PIP) --group demo --editable ".[pull]"
+	$(PIP) --group demo --editable ".[pull,train]"
 	touch $@
 
 .venv/dev.stamp: .venv/demo.stamp

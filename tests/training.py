@@ -47,7 +47,7 @@ TINY = {
     "eos_token_id": 2,
 }  # fmt: skip
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-FEW = {"global_batch": 4, "seq_len": 128, "lr": 1e-3, "dtype": "float32", "export": "none"}
+FEW = {"global_batch": 4, "seq_len": 128, "lr": 1e-3, "dtype": "float32", "device": "cpu", "export": "none"}
 """Small steps; the dtype that is the same on every machine."""
 
 

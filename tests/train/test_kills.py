@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from ferry.formats import training
 from training import Command, digests, events, flags, lines, losses, settings, train
 
 STEPS, SAVE_EVERY = 24, 3
@@ -64,6 +65,7 @@ class Case:
         result = json.loads((output / "result.json").read_text())
         assert self.result(result["model_sha256"], output) == self.expected
         check_lost_work(output)
+        assert len(training.list_steps(output / "checkpoints")) <= 2, "old ones are removed, also after a restart"
 
 
 def check_lost_work(output: Path) -> None:
@@ -144,6 +146,22 @@ def test_a_killed_command_goes_on_when_it_is_run_again_at_once(small_run: Any, m
     again = case.start(output)
     assert again.status() == 0, again.text()
     assert events(output, "resumed")[-1]["step"] >= SAVE_EVERY
+    case.check(output)
+
+
+def test_two_commands_do_not_train_in_one_directory(small_run: Any, model: Any, tmp_path: Path) -> None:
+    case = Case(small_run, model, tmp_path, "sft alone")
+    output = case.fresh()
+    command = case.start(output)
+    assert command.wait(lambda: events(output, "started")), command.text()
+    command.process.send_signal(signal.SIGSTOP)  # it holds its lock, and does not end meanwhile
+    for words in ([], ["--overwrite"]):
+        other = Command(tmp_path / "other.log", *flags(**case.options(output)), *words)
+        assert other.status() == 6, other.text()
+        assert f"another process is training in {output}" in other.text()
+        assert "[output.busy]" in other.text()
+    command.process.send_signal(signal.SIGCONT)
+    assert command.status() == 0, command.text()
     case.check(output)
 
 

@@ -112,6 +112,7 @@ def test_a_sample_is_left_out_where_cutting_it_would_cut_a_picture(model: Path, 
     assert made.train.num_samples == 1
     assert len(made.train.sample(0).ids_T) == 64
     assert made.facts["sets"][0]["rows"]["num_too_long"] == 2
+    assert "rows.jsonl: 1 pictures; samples of which a picture would be cut are left out" in made.choices
 
 
 def test_tokens_are_made_again_when_a_picture_or_the_image_processor_changes(model: Path, tmp_path: Path) -> None:

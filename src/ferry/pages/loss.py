@@ -75,6 +75,11 @@ def default_smoothing(num_steps: int) -> float:
     return round(min(max(1 - 30 / max(num_steps, 1), 0.0), 0.97), 2)
 
 
+def picture_of(runs: Sequence[RunCurves]) -> str:
+    """Return the loss of some runs as one still SVG element, for other pages."""
+    return _picture(runs, default_smoothing(max((len(run.metrics) for run in runs), default=0)))
+
+
 def _picture(runs: Sequence[RunCurves], weight: float) -> str:
     raw, smoothed, dots = [], [], []
     for index, run in enumerate(runs):

@@ -11,6 +11,8 @@ from typing import Any
 from ferry.core.errors import FerryError
 from ferry.core.manifest import MANIFEST_NAME, Manifest, read_manifest
 
+ADAPTER = "peft-adapter"
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -26,6 +28,12 @@ class Artifact:
     @property
     def num_bytes(self) -> int:
         return sum(file.num_bytes for file in self.manifest.files.values())
+
+    @property
+    def is_changed(self) -> bool:
+        """Say whether it declares that it holds something else than its parent: trained, quantized, an adapter."""
+        manifest = self.manifest
+        return bool(manifest.parents) and (bool(manifest.changes) or manifest.kind == ADAPTER)
 
     @property
     def kind(self) -> str:
@@ -49,7 +57,13 @@ class Artifact:
 def kind_text(kind: str) -> str:
     """Return a kind of artifact as people say it."""
     word = kind.removesuffix("-model").removesuffix("-checkpoint")
-    known = {"hf": "Hugging Face", "gguf": "GGUF", "megatron": "Megatron", "torch-dist": "Megatron dist"}
+    known = {
+        "hf": "Hugging Face",
+        "gguf": "GGUF",
+        "megatron": "Megatron",
+        "torch-dist": "Megatron dist",
+        "peft-adapter": "LoRA adapter",
+    }
     return known.get(word, word)
 
 

@@ -16,6 +16,7 @@ from ferry import __version__
 from ferry.control.voyage import picture
 from ferry.control.voyage.artifacts import Artifact, artifacts_of
 from ferry.control.voyage.journey import Journey
+from ferry.control.voyage.training import trainings_of
 from ferry.control.voyage.verdict import verdict_of
 from ferry.core.environment import environment
 from ferry.core.units import duration_text, size_text
@@ -51,6 +52,7 @@ def render(journey: Journey, error: Exception | None) -> str:
         max_tensors=MAX_TENSORS,
         checks=[entry for entry in entries if "verified" in entry["result"] or "same" in entry["result"]],
         talks=_talks(entries),
+        trainings=trainings_of(entries),
         details=[_details(entry, shown) for entry in entries],
         environment=_environment(),
         version=__version__,

@@ -18,7 +18,7 @@ class Verdict(NamedTuple):
 
 
 def verdict_of(journey: Journey, error: Exception | None) -> Verdict:
-    """Return what became of the voyage; "nothing was lost" is only said where all artifacts hold the same model."""
+    """Return what became of the voyage; "nothing was lost" is only said of artifacts that declare no change."""
     steps, entries = journey.voyage.steps, journey.entries
     if error is not None:
         return Verdict("bad", "The voyage stopped", error.message if isinstance(error, FerryError) else str(error))
@@ -26,9 +26,13 @@ def verdict_of(journey: Journey, error: Exception | None) -> Verdict:
     waiting = [step.name for step in steps if step.name not in entries]
     if waiting:
         return Verdict("plain", f"{len(entries)} of {len(steps)} steps are done", f"not made yet: {', '.join(waiting)}")
-    artifacts = artifacts_of(entries.values(), journey.voyage.output)
+    everything = artifacts_of(entries.values(), journey.voyage.output)
+    artifacts = [artifact for artifact in everything if not artifact.is_changed]
     fingerprints = {artifact.manifest.model_sha256 for artifact in artifacts}
     if len(artifacts) > 1 and len(fingerprints) == 1 and "" not in fingerprints:
         equal, total = num_equal_tensors(artifacts)
-        return Verdict("good", f"Nothing was lost: {equal} of {total} tensors bit for bit", gates)
+        num_changed = len(everything) - len(artifacts)
+        made = f"{num_changed} artifacts are declared changes of it" if num_changed else ""
+        detail = "; ".join(text for text in (gates, made) if text)
+        return Verdict("good", f"Nothing was lost: {equal} of {total} tensors bit for bit", detail)
     return Verdict("good", f"Done: {len(steps)} steps", gates)

@@ -33,6 +33,11 @@ class LoraSettings(_Part):
     ] = ("all-linear",)
     rslora: Annotated[bool, Field(description="Scale by alpha / sqrt(rank) instead.")] = False
 
+    @property
+    def scale(self) -> float:
+        """Return what B @ A is multiplied with."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
 
 class OptimizerSettings(_Part):
     """AdamW (Loshchilov and Hutter 2019), its schedule and clipping."""
@@ -198,6 +203,8 @@ def _words(layer: Layer) -> Layer:
     method = values.get("method")
     if isinstance(method, str) and method.lower() in METHODS:
         values["method"] = METHODS[method.lower()]
+    if "steps" in values and layer.origin_of("epochs").startswith("environment"):
+        values.pop("epochs", None)  # the manual sets EPOCH, and TRAIN_ITERS as what follows from it
     for name, (part, field) in MANUAL.items():
         value = values.pop(name, None)
         if value in (None, ""):

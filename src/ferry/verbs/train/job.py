@@ -62,8 +62,7 @@ class Job:
 
     @property
     def lora_scale(self) -> float:
-        settings = self.config.lora
-        return settings.alpha / (settings.rank**0.5 if settings.rslora else settings.rank)
+        return self.config.lora.scale
 
     def to_json(self) -> dict[str, Any]:
         document = asdict(self)

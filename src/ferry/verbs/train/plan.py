@@ -109,7 +109,7 @@ def plan(config: TrainConfig) -> Plan:
         f"{mesh.num_ranks} {prepared.device.type} rank{'s' if mesh.num_ranks > 1 else ''} ({mesh}), {steps} of "
         f"{prepared.global_batch} samples",
         inputs={"model": content_id(prepared.source), **{f"data {item}": _data_id(item) for item in config.data}},
-        output=str(config.output),
+        output=str(main_result(config)),
         memory_bytes=prepared.memory.total_bytes,
         choices=(*prepared.choices, *([state] if state else [])),
         details={
@@ -153,9 +153,9 @@ def prepare(config: TrainConfig) -> Prepared:
         parse_item(item)
     dtype = _dtype(config, device, choices)
     if source.model.family.vision is not None:
-        check_layout(source, config, mesh)
+        check_layout(source, mesh)
         choices.append(tower_sentence(source))
-    sharded = _sharded(config, source, mesh, choices)
+    sharded = _sharded(config, mesh, choices)
     modules = _modules(config, source, choices)
     setup = Setup(
         seq_len, config.micro_batch, "lora" if modules else "all", DTYPES[dtype],  # type: ignore[arg-type]
@@ -263,11 +263,11 @@ def _dtype(config: TrainConfig, device: Device, choices: list[str]) -> str:
     return config.dtype
 
 
-def _sharded(config: TrainConfig, source: Checkpoint, mesh: Mesh, choices: list[str]) -> bool:
+def _sharded(config: TrainConfig, mesh: Mesh, choices: list[str]) -> bool:
     if mesh.dp == 1:
         return False
-    wish, can_see = config.layout.shard, source.model.family.vision is not None
-    sharded = wish == "full" or (wish == "auto" and config.method != "lora" and not can_see)
+    wish = config.layout.shard
+    sharded = wish == "full" or (wish == "auto" and config.method != "lora")
     how = "sharded over dp (FSDP2)" if sharded else "replicated over dp, gradients summed"
     why = ": the base is frozen, only adapters are summed" if config.method == "lora" and not sharded else ""
     choices.append(f"parameters are {how}{why}")
@@ -290,6 +290,14 @@ def _modules(config: TrainConfig, source: Checkpoint, choices: list[str]) -> tup
             f"{config.adapter} has rank {', '.join(map(str, sorted(ranks)))}, lora.rank is {config.lora.rank}",
             code="train.adapter-rank",
             repair="give the adapter's own: --set lora.rank=..., and its alpha",
+        )
+    scales = {adapter.scale(module) for module in adapter.modules}
+    if scales != {config.lora.scale}:
+        raise ConfigError(
+            f"{config.adapter} is scaled by {', '.join(f'{scale:g}' for scale in sorted(scales))}, lora.alpha="
+            f"{config.lora.alpha:g} and lora.rank={config.lora.rank} make {config.lora.scale:g}",
+            code="train.adapter-scale",
+            repair="give the adapter's own alpha: --set lora.alpha=..., and lora.rslora if it has that",
         )
     choices.append(f"goes on with the adapter {config.adapter.name}: {len(adapter.modules)} modules")
     return tuple(adapter.modules)
@@ -333,6 +341,15 @@ def _data_id(item: str) -> str:
         return str(path)
     stat = path.stat()
     return f"{path.name} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def main_result(config: TrainConfig) -> Path:
+    """Return the artifact that a run is for; the directory of the run where it makes none."""
+    assert config.output is not None
+    if config.method == "lora":
+        return config.output / "adapter"
+    names = {"hf": "model", "both": "model", "megatron": "megatron"}
+    return config.output / names[config.export] if config.export in names else config.output
 
 
 def refuse_unwritable(output: Path) -> None:

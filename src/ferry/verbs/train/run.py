@@ -15,7 +15,10 @@ from ferry.core.progress import Reporter
 from ferry.core.record import home
 from ferry.core.staging import write_file
 from ferry.core.verb import Result
+from ferry.formats.peft import check_base, check_intact, open_adapter
+from ferry.formats.peft_write import base_of
 from ferry.verbs.train import merge, runfiles
+from ferry.verbs.train.claim import COMMAND, claim
 from ferry.verbs.train.config import TrainConfig
 from ferry.verbs.train.crew.launch import launch
 from ferry.verbs.train.crew.seat import Seat, cluster_from_environment, seat_from_environment
@@ -53,6 +56,8 @@ def run(config: TrainConfig, reporter: Reporter) -> Result:
     runfiles.check_output(config.output, prepared.identity, overwrite=config.overwrite)
     for choice in prepared.choices:
         reporter.event("choice", text=choice)
+    if config.adapter is not None:
+        _check_adapter(config.adapter, prepared, reporter)
     data = prepare_data(_data_settings(prepared), reporter)
     job = _job(prepared, data)
     done = {} if config.overwrite else runfiles.finished(config.output, job.identity, job.steps)
@@ -60,12 +65,22 @@ def run(config: TrainConfig, reporter: Reporter) -> Result:
         reporter.say(f"{config.output} is done already: {job.steps} steps; give more --steps to go on")
         return {**done, "status": "done", "resumed": True}
     seat = seat_from_environment()
-    if seat is None or seat.rank == 0:
+    leads = seat.rank == 0 if seat is not None else cluster_from_environment().node_rank == 0
+    if seat is None or leads:
         runfiles.begin(config.output, _document(prepared, job, data), overwrite=config.overwrite)
-    if seat is not None:
-        return _as_worker(seat, job, data, reporter)
-    outcome = _follow(job, prepared, data, reporter)
-    return _finish(outcome, job, data, reporter)
+    with claim(config.output / COMMAND) if leads else nullcontext():
+        if seat is not None:
+            return _as_worker(seat, job, data, reporter)
+        outcome = _follow(job, prepared, data, reporter)
+        return _finish(outcome, job, data, reporter)
+
+
+def _check_adapter(directory: Path, prepared: Prepared, reporter: Reporter) -> None:
+    """Refuse an adapter that is damaged, or of another base: one without a manifest is read and hashed for it."""
+    adapter = open_adapter(directory)
+    check_intact(adapter)
+    if adapter.base_sha256:
+        check_base(adapter, base_of(prepared.source, reporter).model_sha256, str(prepared.config.model))
 
 
 def _data_settings(prepared: Prepared) -> DataSettings:
@@ -195,10 +210,15 @@ def _follow(job: Job, prepared: Prepared, data: PreparedData, reporter: Reporter
 
 def _finish(outcome: Outcome, job: Job, data: PreparedData, reporter: Reporter) -> Result:
     """Write the results of a run that is done; turn a failure into an error; the page is written in any case."""
-    page = _write_page(job)
     if outcome.status == "failed":
         assert outcome.failure is not None
-        raise error_of(outcome.failure)
+        failure = error_of(outcome.failure)
+        try:
+            _write_page(job)
+        except OSError as error:  # a full disk, most often: what ended the run is the news
+            raise failure from error
+        raise failure
+    page = _write_page(job)
     metrics = read_metrics(job.output / METRICS_FILE)
     points = read_validation(job.output / METRICS_FILE)
     result: dict[str, Any] = {

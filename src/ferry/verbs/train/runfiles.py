@@ -16,6 +16,7 @@ from typing import Any
 from ferry.core.errors import InputError, OutputError
 from ferry.core.staging import write_file
 from ferry.formats.training import list_steps
+from ferry.verbs.train.claim import COMMAND, CREW, CREW_LIMIT_S, claim
 
 RUN, RESULT = "run.json", "result.json"
 RESULTS = ("model", "adapter", "merged", "megatron")
@@ -65,6 +66,8 @@ def begin(output: Path, document: Mapping[str, Any], *, overwrite: bool) -> None
             raise OutputError(
                 f"{output} holds no training run: it is not replaced", code="output.exists", repair="remove it by hand"
             )
+        with claim(output / COMMAND), claim(output / CREW, CREW_LIMIT_S):
+            pass  # nobody works in it any more
         retired = output.with_name(f".{output.name}.ferry-retired")
         shutil.rmtree(retired, ignore_errors=True)
         output.rename(retired)

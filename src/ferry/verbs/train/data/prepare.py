@@ -159,6 +159,9 @@ def _choices(
             found.append(f"{path.name}: {rows['num_too_long']} samples over {settings.seq_len} tokens are {done}")
         if rows["num_without_target"]:
             found.append(f"{path.name}: {rows['num_without_target']} samples have nothing to learn and are left out")
+        if part.index.get("num_pictures"):
+            rest = "" if settings.truncation == "drop" else "; samples of which a picture would be cut are left out"
+            found.append(f"{path.name}: {part.index['num_pictures']} pictures{rest}")
         if part.index["skipped_files"]:
             found.append(f"{path.name}: no data files: {', '.join(part.index['skipped_files'][:5])}")
         if train.weights is not None:

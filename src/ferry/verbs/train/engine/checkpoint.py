@@ -62,7 +62,8 @@ class Store:
         self.wait()
         snapshot = Snapshot(step, self._snapshot(optimizer), dict(values))
         if not self._asynchronous:
-            self._write(snapshot)
+            self._guarded(snapshot)
+            self.check()
             return
         self._thread = threading.Thread(target=self._guarded, args=(snapshot,), name=f"save-{step}")
         self._thread.start()
@@ -95,7 +96,8 @@ class Store:
             found, problem = self._verify(self._directory / training.step_name(step), rank, world)
             problems = _all_texts(problem, world)
             if not any(problems) and found is not None:
-                self._good.insert(0, step)
+                # Older ones are not read again; they count, so that they are removed in their turn.
+                self._good = [older for older in training.list_steps(self._directory) if older <= step]
                 return found
             if rank == 0:
                 reason = next(text for text in problems if text)
@@ -162,7 +164,7 @@ class Store:
     def _guarded(self, snapshot: Snapshot) -> None:
         try:
             self._write(snapshot)
-        except BaseException as error:  # noqa: BLE001 - carried to the training thread, which raises it
+        except BaseException as error:  # noqa: BLE001 - carried to `check`, which raises it
             self._error = error
 
     def _write(self, snapshot: Snapshot) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ferry.devices.device import Device, find
 from ferry.formats.checkpoint import Checkpoint
 from ferry.formats.opening import open_checkpoint
 from ferry.formats.peft import named_for, open_adapter
+from ferry.verbs.train.claim import CREW, CREW_LIMIT_S, claim
 from ferry.verbs.train.crew.seat import Seat
 from ferry.verbs.train.engine.batches import Packing
 from ferry.verbs.train.engine.checkpoint import Store
@@ -49,7 +51,8 @@ def work(seat: Seat, payload: Mapping[str, Any]) -> dict[str, Any]:
     device.prepare()
     device.select(seat.local_rank)
     try:
-        return _work(seat, job, device)
+        with claim(job.output / CREW, CREW_LIMIT_S) if seat.rank == 0 else nullcontext():
+            return _work(seat, job, device)
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(job, str(error)) from error
     except RuntimeError as error:

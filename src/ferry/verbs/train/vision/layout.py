@@ -1,4 +1,8 @@
-"""Which layouts can train a model with a vision tower, and what a plan says about the tower. Needs no torch."""
+"""Which layouts can train a model with a vision tower, and what a plan says about the tower. Needs no torch.
+
+Every tensor-parallel and data-parallel rank computes the tower for its own rows, and tokens are whole there: the split
+of the decoder does not touch pictures. A pipeline would need their places and positions on every stage.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,15 @@ from ferry.core.errors import LayoutError
 from ferry.core.mesh import Mesh
 from ferry.core.units import size_text
 from ferry.formats.checkpoint import Checkpoint
-from ferry.verbs.train.config import TrainConfig
 
 
-def check_layout(source: Checkpoint, config: TrainConfig, mesh: Mesh) -> None:
-    """Refuse what needs pictures on several stages, or a tower in slices."""
-    wrong = [f"{name}={size}" for name, size in (("tp", mesh.tp), ("pp", mesh.pp)) if size > 1]
-    wrong += ["layout.shard=full"] if config.layout.shard == "full" else []
-    if wrong:
+def check_layout(source: Checkpoint, mesh: Mesh) -> None:
+    """Refuse pipelines."""
+    if mesh.pp > 1:
         raise LayoutError(
-            f"{' and '.join(wrong)}: a {source.model.family.name} model with its vision tower is trained whole on each "
-            "rank",
+            f"pp={mesh.pp}: a {source.model.family.name} model with its vision tower cannot be cut into stages",
             code="train.vision-layout",
-            repair="leave it out; use --dp for more ranks",
+            repair="use --pp 1 with --tp or --dp",
         )
 
 
