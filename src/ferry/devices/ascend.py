@@ -31,7 +31,9 @@ def _count() -> int:
     return int(npu.device_count()) if npu is not None and npu.is_available() else 0
 
 
-def _flops() -> float | None:
+def _flops(dtype: str) -> float | None:
+    if dtype != "bfloat16":
+        return None
     name = str(_npu().get_device_name(0))
     return next((rate for word, rate in PEAK_FLOPS.items() if word in name), None)
 

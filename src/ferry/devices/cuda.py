@@ -41,8 +41,11 @@ def _select(index: int) -> None:
     torch.cuda.set_device(index)
 
 
-def _flops() -> float | None:
+def _flops(dtype: str) -> float | None:
     import torch
+
+    if dtype != "bfloat16":
+        return None
 
     name = torch.cuda.get_device_name()
     return next((rate for word, rate in PEAK_FLOPS.items() if word in name), None)

@@ -28,7 +28,7 @@ class Device:
 
     `type` is torch's name of it, `backend` the collective library, `rank` the order in which devices are looked for.
     `count()` is the number here (0 = none), `memory_bytes(index)` the size of one, `peak_bytes(index)` what this
-    process has used at most, `dtype()` the type to compute in and why, `flops()` the peak rate of one device or None if
+    process has used at most, `dtype()` the type to compute in and why, `flops(dtype)` its peak rate or None if
     unknown, `select(index)` makes one the current device and `prepare()` imports what torch needs to know this kind.
     """
 
@@ -40,7 +40,7 @@ class Device:
     peak_bytes: Callable[[int], int]
     dtype: Callable[[], Choice]
     select: Callable[[int], None]
-    flops: Callable[[], float | None]
+    flops: Callable[[str], float | None]
     prepare: Callable[[], None]
 
 

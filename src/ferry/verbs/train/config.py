@@ -121,7 +121,9 @@ class TrainConfig(VerbConfig):
     `--dry-run` shows devices, batches and memory without training.
     """
 
-    action: Literal["run", "merge"] = option("run", positional=True, help="Train, or merge an adapter into its base.")
+    action: Literal["run", "merge", "tokens"] = option(
+        "run", positional=True, help="Train, merge an adapter into its base, or write the data as Megatron's .bin/.idx."
+    )
     model: Path | None = option(
         None, env=("ORIGINAL_HF_WEIGHT", "USER_CONVERTED_CKPT_PATH"),
         help="Model directory or Megatron shards to start from.",
@@ -185,7 +187,7 @@ class TrainConfig(VerbConfig):
             raise ValueError("output is missing; give --output DIR")
         if self.action == "merge" and self.adapter is None:
             raise ValueError("adapter is missing; give --adapter DIR, the adapter to merge")
-        if self.action == "run" and not self.data:
+        if self.action != "merge" and not self.data:
             raise ValueError("data is missing; give --data FILE")
         if self.merge and self.method != "lora":
             raise ValueError(f"merge belongs to lora, the method is {self.method}")

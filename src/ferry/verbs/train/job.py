@@ -28,7 +28,7 @@ class DataPlace:
 class Job:
     """One training run, with every decision made.
 
-    `flops_per_token` and `device_flops` are what MFU is made of; the latter is None where the device's rate is unknown.
+    `flops_per_token` over the device's peak rate is the model flops utilisation (MFU).
     """
 
     config: TrainConfig

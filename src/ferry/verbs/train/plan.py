@@ -100,6 +100,8 @@ def plan(config: TrainConfig) -> Plan:
     if config.action == "merge":
         return _plan_merge(config)
     prepared = prepare(config)
+    if config.action == "tokens":
+        return _plan_tokens(config, prepared)
     state = runfiles.check_output(config.output, prepared.identity, overwrite=config.overwrite)
     dims, mesh = prepared.model.dims, prepared.mesh
     steps = f"{config.steps} steps" if config.steps else f"{config.epochs or 1:g} epochs"
@@ -180,6 +182,19 @@ def threads_of(prepared: Prepared) -> int:
     """Return the threads of each process: the cores shared out among the ranks of this node."""
     nodes = cluster_from_environment().num_nodes
     return prepared.config.crew.threads or max(1, usable_cores() * nodes // prepared.mesh.num_ranks)
+
+
+def _plan_tokens(config: TrainConfig, prepared: Prepared) -> Plan:
+    assert config.output is not None
+    check_target(config.output, overwrite=config.overwrite)
+    kind = "text_document" if config.method == "pretrain" else "packed documents"
+    return Plan(
+        verb="train",
+        summary=f"tokenise for {config.method} and write Megatron's .bin and .idx: {kind}",
+        inputs={"tokenizer": str(prepared.assets), **{f"data {item}": _data_id(item) for item in config.data}},
+        output=str(config.output),
+        details={"action": "tokens", "seq_len": prepared.seq_len},
+    )
 
 
 def _plan_merge(config: TrainConfig) -> Plan:

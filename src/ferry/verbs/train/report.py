@@ -21,6 +21,8 @@ def report(result: Result) -> str:
     """Return the screen for people."""
     if result["action"] == "merge":
         return _merged(result)
+    if result["action"] == "tokens":
+        return f"wrote {result['samples']:,} samples, {result['tokens']:,} tokens: {', '.join(result['files'])}"
     if "summary" not in result:
         return f"rank {result['rank']}: {result['status']}"
     found: dict[str, Any] = result["summary"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,21 @@ from ferry.verbs.train.crew.seat import Seat, cluster_from_environment, seat_fro
 from ferry.verbs.train.crew.spec import CrewSpec, Outcome, error_of
 from ferry.verbs.train.data.prepare import PreparedData
 from ferry.verbs.train.data.prepare import prepare as prepare_data
+from ferry.verbs.train.data.samples import samples_text
 from ferry.verbs.train.data.settings import DataSettings
 from ferry.verbs.train.data.stream import Stream
 from ferry.verbs.train.following import Follower
 from ferry.verbs.train.job import DataPlace, Job
 from ferry.verbs.train.plan import Prepared, prepare, threads_of
+from ferry.verbs.train.tokens import write_tokens
 
 ENTRY = "ferry.verbs.train.engine.worker:work"
 PRELOAD = ("torch", "torch.distributed", "torch.distributed.pipelining", "torch.distributed.fsdp", "transformers",
            "ferry.verbs.train.engine.worker")  # fmt: skip
 WARMUP_SHARE = 0.03
 MAX_SAVE_EVERY = 100
+SHOWN_CHARS = 400
+"""Of each sample that is shown; all of it is on the page."""
 
 
 def run(config: TrainConfig, reporter: Reporter) -> Result:
@@ -53,6 +58,8 @@ def run(config: TrainConfig, reporter: Reporter) -> Result:
 
         check_available()
     prepared = prepare(config)
+    if config.action == "tokens":
+        return write_tokens(config, prepare_data(_data_settings(prepared), reporter), reporter)
     runfiles.check_output(config.output, prepared.identity, overwrite=config.overwrite)
     for choice in prepared.choices:
         reporter.event("choice", text=choice)
@@ -196,6 +203,7 @@ def _follow(job: Job, prepared: Prepared, data: PreparedData, reporter: Reporter
     )
     for choice in (*prepared.choices, *data.choices):
         reporter.say(choice)
+    reporter.say(samples_text(data.examples, max_chars=SHOWN_CHARS))
     follower = Follower(job, reporter)
     ended = threading.Event()
     thread = threading.Thread(target=follower.follow, args=(ended,), name="follow", daemon=True)

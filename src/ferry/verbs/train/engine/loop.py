@@ -112,7 +112,7 @@ def _metrics(
     peak_bytes: int,
 ) -> StepMetrics:  # fmt: skip
     job, devices = engine.job, engine.groups.mesh.num_ranks
-    rate, peak_flops = batch.num_tokens / elapsed_s, engine.device.flops()
+    rate, peak_flops = batch.num_tokens / elapsed_s, engine.device.flops(job.dtype)
     mfu = rate * job.flops_per_token / (devices * peak_flops) if peak_flops else None
     loss, lr, norm = found
     return StepMetrics(
