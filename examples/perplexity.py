@@ -2,8 +2,9 @@
 
     python perplexity.py MODEL_DIRECTORY ROWS.jsonl
 
-Each row is a conversation in OpenAI's form. The loss is taken on every token of each assistant turn, in float32, one
-conversation at a time and without padding: nothing of it is Ferry's code, so it may judge what Ferry trained.
+Each row is a conversation in OpenAI's form. The loss is taken on every token of its last turn, up to the one that ends
+it, in float32, one conversation at a time and without padding: nothing of it is Ferry's code, so it may judge what
+Ferry trained.
 """
 
 import argparse
@@ -42,6 +43,7 @@ def answer_loss(model, tokenizer, messages) -> tuple[float, int]:
 
 def tokenize(tokenizer, messages, **options) -> torch.Tensor:
     text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    text = text if options else text.rstrip("\n")
     return tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
 
 

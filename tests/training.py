@@ -213,7 +213,8 @@ def events(output: Path, name: str) -> list[dict[str, Any]]:
 def losses(output: Path) -> list[float]:
     """Return the loss of every step; of a step that was done twice, the later one."""
     found = {line["step"]: line["loss"] for line in lines(output / "metrics.jsonl") if "loss" in line}
-    assert list(found) and sorted(found) == list(range(1, len(found) + 1))
+    assert found
+    assert sorted(found) == list(range(1, len(found) + 1))
     return [found[step] for step in sorted(found)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -15,7 +16,12 @@ import pytest
 from conftest import SMOLLM2_SHA256, without_hub
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.yaml"
-STEPS = ["model", "look", "ask-before", "shards", "verify-shards", "reshard", "back", "verify-back", "ask-after"]
+STEPS = [
+    "model", "look", "ask-before", "shards", "verify-shards", "reshard", "back", "verify-back", "ask-after", "text",
+    "perplexity-before", "train", "train-pp2", "same-losses", "perplexity-after", "verify-merged", "ask-trained",
+]  # fmt: skip
+TRAINED = {"train", "train-pp2", "verify-merged"}
+"""Steps whose model is another one, and says so."""
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +46,22 @@ def test_a_real_model_goes_to_megatron_shards_and_comes_home_bit_for_bit(
     steps = {entry["name"]: entry for entry in result["steps"]}
     assert list(steps) == STEPS
     assert {entry["status"] for entry in steps.values()} == {"done"}
-    fingerprints = {entry["result"].get("model_sha256") for entry in steps.values()} - {None}
-    assert fingerprints == {SMOLLM2_SHA256}
+    fingerprints = {entry["result"].get("model_sha256") for name, entry in steps.items() if name not in TRAINED}
+    assert fingerprints - {None} == {SMOLLM2_SHA256}
     assert "Paris" in steps["ask-after"]["result"]["answer"]
-    assert len(result["gates"]) == 7
+    assert len(result["gates"]) == 12
     assert all(gate["holds"] for gate in result["gates"])
+
+
+def test_the_fine_tuning_learns_and_is_the_same_on_two_layouts(output: Path, smollm2: Path, test_cache: Path) -> None:
+    steps = {entry["name"]: entry["result"] for entry in run(output, test_cache / "home")["steps"]}
+    assert steps["perplexity-after"]["perplexity"] < 0.9 * steps["perplexity-before"]["perplexity"]
+    assert steps["train"]["validation_loss"] < steps["train"]["validation_loss_before"]
+    assert steps["same-losses"]["curves"]["num_common_steps"] == 4
+    assert steps["same-losses"]["curves"]["max_loss_difference"] <= 1e-5
+    # transformers, on its own, finds the loss on the held-out rows that Ferry's validation found.
+    judged = math.log(steps["perplexity-before"]["perplexity"])
+    assert abs(judged - steps["train"]["validation_loss_before"]) < 1e-4
 
 
 def test_the_second_voyage_makes_nothing_again(output: Path, smollm2: Path, test_cache: Path) -> None:
@@ -63,6 +80,8 @@ def test_the_report_shows_everything_and_needs_nothing_else(output: Path) -> Non
         "What is the capital of France?",
         "the same answer",
         "logits equal bit for bit",
+        "loss by step",
+        "held-out perplexity after",
         "steps.back.model_sha256 == steps.model.model_sha256",
         "model.layers.29.mlp.down_proj.weight",
         *STEPS,

@@ -163,8 +163,10 @@ def test_the_error_of_a_save_ends_the_command_with_its_cause(
 ) -> None:
     """The limit of a file's size stands for a disk that takes no more: `ulimit -f` is in blocks of 1024 bytes."""
     fields = options(small_run, model, tmp_path / "run", tp=1, checkpoint={"keep": 1, "asynchronous": asynchronous})
-    limited = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); " \
-              "runpy.run_module('ferry', run_name='__main__')"
+    limited = (
+        "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); "
+        "runpy.run_module('ferry', run_name='__main__')"
+    )
     command = Command(tmp_path / "log", *flags(**fields), program=("-c", limited))
     assert command.status() == 6, command.text()
     assert "cannot write a checkpoint" in command.text()

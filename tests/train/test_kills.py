@@ -115,9 +115,7 @@ def disturb(case: Case, num_kills: int, draw: random.Random, *, first_inside: bo
 
 
 @pytest.mark.parametrize("name", ["sft tp2", "lora dp2"])
-def test_two_kills_one_inside_a_save_change_no_bit(
-    name: str, small_run: Any, model: Any, tmp_path: Path
-) -> None:
+def test_two_kills_one_inside_a_save_change_no_bit(name: str, small_run: Any, model: Any, tmp_path: Path) -> None:
     case = Case(small_run, model, tmp_path, name)
     draw, hits = random.Random(name), 0
     while hits < 2:

@@ -73,8 +73,9 @@ LORA = {"method": "lora", "lora": {"dropout": 0.1, "rank": 4}, "lr": 1e-2}
 
 
 @pytest.mark.parametrize("layout", [
-    "tp2 pp2", "dp2 replicated", *(pytest.param(name, marks=pytest.mark.slow)
-                                   for name in ("dp2 sharded", "recompute", "pp2 interleaved", "more tp than kv heads")),
+    "tp2 pp2", "dp2 replicated",
+    *(pytest.param(name, marks=pytest.mark.slow)
+      for name in ("dp2 sharded", "recompute", "pp2 interleaved", "more tp than kv heads")),
 ])  # fmt: skip
 def test_lora_with_dropout_draws_the_same_masks_on_every_layout(
     layout: str, model: Callable[[str], Path], configured: Configured, alone: Any, tmp_path: Path
@@ -87,7 +88,8 @@ def test_lora_with_dropout_draws_the_same_masks_on_every_layout(
 
 
 @pytest.mark.parametrize("fields", [
-    pytest.param({"micro_batch": 4}, marks=pytest.mark.slow), {"rows": {"packing": False}}, {"seq_len": 512, "micro_batch": 2},
+    pytest.param({"micro_batch": 4}, marks=pytest.mark.slow), {"rows": {"packing": False}},
+    {"seq_len": 512, "micro_batch": 2},
 ], ids=str)  # fmt: skip
 def test_packing_and_micro_batches_change_no_loss(
     fields: dict[str, Any], model: Callable[[str], Path], configured: Configured, alone: Any, tmp_path: Path

@@ -135,9 +135,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_samples(
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_a_model_with_an_infinite_weight_fails_at_the_first_step(
-    small_run: Any, model: Any, tmp_path: Path
-) -> None:
+def test_a_model_with_an_infinite_weight_fails_at_the_first_step(small_run: Any, model: Any, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(model("small"), broken)
     tensors = load_file(broken / "model.safetensors")
@@ -150,7 +148,9 @@ def test_a_model_with_an_infinite_weight_fails_at_the_first_step(
 
 
 def test_a_dry_run_writes_nothing_and_says_what_it_would_do(small_run: Any, model: Any, tmp_path: Path) -> None:
-    command = Command(tmp_path / "log", *flags(**small_run(model("llama"), tmp_path / "run", tp=2)), "--dry-run", "--json")
+    command = Command(
+        tmp_path / "log", *flags(**small_run(model("llama"), tmp_path / "run", tp=2)), "--dry-run", "--json"
+    )
     assert command.status() == 0, command.text()
     document = json.loads(command.text())
     assert document["details"]["mesh"] == {"tp": 2, "pp": 1, "vpp": 1, "dp": 1} if "details" in document else document

@@ -92,9 +92,7 @@ def test_megatron_shards_train_as_the_directory_they_were_made_of(
     assert losses(tmp_path / "megatron") == losses(tmp_path / "hf"), "the same weights, the same bits"
 
 
-def test_exported_megatron_shards_turn_back_into_the_exported_model(
-    small_run: Any, model: Any, tmp_path: Path
-) -> None:
+def test_exported_megatron_shards_turn_back_into_the_exported_model(small_run: Any, model: Any, tmp_path: Path) -> None:
     result = train(settings(**small_run(model("qwen2"), tmp_path / "run", steps=4, tp=2, pp=2, export="both")))
     assert set(result["artifacts"]) == {"model", "megatron"}
     back = ferry.convert(direction="mg2hf", source=tmp_path / "run" / "megatron", target=tmp_path / "back")

@@ -7,6 +7,8 @@ from typing import Any
 from ferry.core.units import size_text
 from ferry.core.verb import Result
 
+NUM_CARRIED = 4
+
 
 def report(result: Result) -> str:
     """Return the screen: identity, sizes, layout, what is legal, and the two tables."""
@@ -32,7 +34,10 @@ def report(result: Result) -> str:
     if result["missing"]:
         lines.append(f"missing      {', '.join(result['missing'])}")
     if result["carried"]:
-        lines.append(f"carried      {', '.join(result['carried'])}")
+        names = result["carried"]
+        lines.append(
+            f"carried      {', '.join(names[:NUM_CARRIED])}{f' ... ({len(names)})' if len(names) > NUM_CARRIED else ''}"
+        )
     lines += ["", *_groups(result), "", *_tokens(result)]
     if result["tensors"]:
         lines += ["", *_tensors(result["tensors"])]

@@ -153,7 +153,7 @@ def _write(
     def draft_in(directory: Path) -> Draft:
         if layout is None:
             return draft_hf(rounded, specs, directory, MAX_SHARD_BYTES)
-        return draft_megatron(rounded, layout, directory, str(trained.state.step), VOCAB_MULTIPLE, None)
+        return draft_megatron(rounded, layout, directory, f"iter_{trained.state.step:07d}", VOCAB_MULTIPLE)
 
     with StagedDirectory(_cleared(target), need_bytes=draft_in(target).num_bytes) as staged:
         draft = draft_in(staged.work)
