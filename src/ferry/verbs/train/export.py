@@ -19,7 +19,7 @@ from ferry.core.dtypes import num_bytes
 from ferry.core.errors import OutputError
 from ferry.core.floats import Float32, from_float32
 from ferry.core.gather import Sources
-from ferry.core.layout import Slot
+from ferry.core.layout import Slot, padded_vocabulary
 from ferry.core.manifest import MANIFEST_NAME, Manifest
 from ferry.core.progress import Reporter
 from ferry.core.safetensors import make_header
@@ -107,9 +107,11 @@ def _export_weights(trained: Trained, reporter: Reporter) -> dict[str, str]:
         if job.config.export in ("hf", "both"):
             made["model"] = _write(trained, rounded, job.output / "model", None, reporter)
         if job.config.export in ("megatron", "both"):
+            padded = padded_vocabulary(trained.source.model.dims.vocab_size, VOCAB_MULTIPLE, job.mesh.tp)
             layout = MegatronLayout(
-                tp=job.mesh.tp, pp=job.mesh.pp, vpp=job.mesh.vpp, layer_list=job.config.layout.layer_list
-            )
+                tp=job.mesh.tp, pp=job.mesh.pp, vpp=job.mesh.vpp, layer_list=job.config.layout.layer_list,
+                padded_vocab=padded,
+            )  # fmt: skip
             made["megatron"] = _write(trained, rounded, job.output / "megatron", layout, reporter)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
