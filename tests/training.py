@@ -151,12 +151,14 @@ def _supervise(spec: CrewSpec, ours: socket.socket, theirs: socket.socket, folde
 class Command:
     """`ferry train` with small steps, running. What it says goes to a file, so that it never waits for a reader."""
 
-    def __init__(self, log: Path, *words: str, program: Sequence[str] = ("-m", "ferry")) -> None:
+    def __init__(
+        self, log: Path, *words: str, program: Sequence[str] = ("-m", "ferry"), environ: Mapping[str, str] | None = None
+    ) -> None:
         self.log = log
         with open(log, "ab") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *program, "train", *words],
-                env=without_hub({**os.environ, "OMP_NUM_THREADS": "1"}),
+                env=without_hub({**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})}),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,

@@ -129,6 +129,23 @@ def test_torchrun_starts_the_same_run(small_run: Any, model: Any, tmp_path: Path
     assert digests(tmp_path / "torchrun") == digests(tmp_path / "crew")
 
 
+def test_two_nodes_train_one_run_and_the_first_writes_the_results(small_run: Any, model: Any, tmp_path: Path) -> None:
+    options = {"steps": 4, "tp": 2, "export": "hf"}
+    expected = train(settings(**small_run(model("small"), tmp_path / "one", **options)))
+    words = flags(**small_run(model("small"), tmp_path / "two", **options))
+    nodes = [
+        Command(
+            tmp_path / f"log-{node}", *words,
+            environ={"NNODES": "2", "NODE_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617"},
+        )
+        for node in (1, 0)  # the second one first: it waits
+    ]  # fmt: skip
+    assert [node.status() for node in nodes] == [0, 0], nodes[0].text() + nodes[1].text()
+    assert "the first one writes the results" in nodes[0].text()
+    assert json.loads((tmp_path / "two" / "result.json").read_text())["model_sha256"] == expected["model_sha256"]
+    assert digests(tmp_path / "two") == digests(tmp_path / "one")
+
+
 def test_a_run_that_is_done_is_not_done_again(small_run: Any, model: Any, tmp_path: Path) -> None:
     options = small_run(model("small"), tmp_path / "run", steps=2, export="hf")
     expected = train(settings(**options))

@@ -24,7 +24,8 @@ def report(result: Result) -> str:
     if result["action"] == "tokens":
         return f"wrote {result['samples']:,} samples, {result['tokens']:,} tokens: {', '.join(result['files'])}"
     if "summary" not in result:
-        return f"rank {result['rank']}: {result['status']}"
+        who = f"rank {result['rank']}" if "rank" in result else f"node {result['node']}"
+        return f"{who}: {result['status']}; the first one writes the results"
     found: dict[str, Any] = result["summary"]
     head = "trained" if result["status"] == "done" else "stopped; run the same command again to go on"
     lines = [

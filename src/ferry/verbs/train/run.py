@@ -73,8 +73,10 @@ def run(config: TrainConfig, reporter: Reporter) -> Result:
         return {**done, "status": "done", "resumed": True}
     seat = seat_from_environment()
     leads = seat.rank == 0 if seat is not None else cluster_from_environment().node_rank == 0
-    if seat is None or leads:
+    if leads:
         runfiles.begin(config.output, _document(prepared, job, data), overwrite=config.overwrite)
+    elif seat is None:
+        runfiles.await_begin(config.output, job.identity)
     with claim(config.output / COMMAND) if leads else nullcontext():
         if seat is not None:
             return _as_worker(seat, job, data, reporter)
@@ -226,6 +228,10 @@ def _finish(outcome: Outcome, job: Job, data: PreparedData, reporter: Reporter) 
         except OSError as error:  # a full disk, most often: what ended the run is the news
             raise failure from error
         raise failure
+    node = cluster_from_environment().node_rank
+    if node:
+        # The first node writes the results: all nodes see one output.
+        return {"action": "run", "status": outcome.status, "node": node, "output": str(job.output), "artifact": None}
     page = _write_page(job)
     metrics = read_metrics(job.output / METRICS_FILE)
     points = read_validation(job.output / METRICS_FILE)
@@ -248,8 +254,7 @@ def _finish(outcome: Outcome, job: Job, data: PreparedData, reporter: Reporter) 
     from ferry.verbs.train.export import export
 
     result |= export(job, _facts(job, data, result["summary"]), reporter)
-    if cluster_from_environment().node_rank == 0:
-        runfiles.write_document(job.output / runfiles.RESULT, result)
+    runfiles.write_document(job.output / runfiles.RESULT, result)
     return result
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ferry.core.errors import InputError, OutputError
+from ferry.core.errors import InputError, OutputError, UnavailableError
 from ferry.core.staging import write_file
 from ferry.formats.training import list_steps
 from ferry.verbs.train.claim import COMMAND, CREW, CREW_LIMIT_S, claim
 
 RUN, RESULT = "run.json", "result.json"
+JOIN_LIMIT_S, JOIN_POLL_S = 600.0, 0.2
 RESULTS = ("model", "adapter", "merged", "megatron")
 """Directories of artifacts, made at the end."""
 
@@ -79,6 +81,19 @@ def begin(output: Path, document: Mapping[str, Any], *, overwrite: bool) -> None
         raise OutputError(
             f"cannot write to {output}: {error.strerror}", code="output.unwritable", repair="choose another"
         ) from None
+
+
+def await_begin(output: Path, identity: str) -> None:
+    """Wait, on another node than the first, until the first has begun this run in the directory that all see."""
+    deadline_s = time.monotonic() + JOIN_LIMIT_S
+    while read_document(output / RUN).get("decided", {}).get("identity") != identity:
+        if time.monotonic() > deadline_s:
+            raise UnavailableError(
+                f"the first node has not begun this run in {output} within {JOIN_LIMIT_S:.0f} s",
+                code="train.node-lost",
+                repair="start the same command on every node, with an output on a file system that all see",
+            )
+        time.sleep(JOIN_POLL_S)
 
 
 def finished(output: Path, identity: str, steps: int) -> dict[str, Any]:
