@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow bench check docs clean
+.PHONY: demo test test-slow bench bench-train check docs clean
 
 demo: .venv/demo.stamp
 	$(BIN)/ferry run examples/demo.yaml
@@ -20,6 +20,10 @@ test-slow: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/convert.py
+
+# Against HF Trainer, TRL, ms-swift and LLaMA-Factory, each in an environment of its own: some 8 GB and half an hour.
+bench-train: .venv/dev.stamp
+	$(BIN)/python benchmarks/train/bench.py --install --rounds 1
 
 check: .venv/dev.stamp
 	scripts/check
