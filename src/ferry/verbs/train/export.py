@@ -66,7 +66,9 @@ def export(job: Job, facts: Mapping[str, Any], reporter: Reporter) -> Result:
         made["adapter"] = _export_adapter(trained)
         if job.config.merge:
             target = _cleared(job.output / "merged")
-            made["merged"] = merge.merge(job.config.model, job.output / "adapter", target, reporter)["model_sha256"]
+            made["merged"] = merge.merge(job.config.model, job.output / "adapter", target, reporter, overwrite=True)[
+                "model_sha256"
+            ]
     elif job.config.export != "none":
         made |= _export_weights(trained, reporter)
     main = next(iter(made), None)
@@ -88,7 +90,7 @@ def _export_adapter(trained: Trained) -> str:
         use_rslora=settings.rslora, base_name=trained.base.name,
     )  # fmt: skip
     making = Making(name="adapter", summary=_summary(trained), settings=dict(trained.facts))
-    with StagedDirectory(_cleared(job.output / "adapter")) as staged:
+    with StagedDirectory(_cleared(job.output / "adapter"), overwrite=True) as staged:
         manifest = write_adapter(staged.work, config, tensors, base=trained.base, making=making)
         staged.commit()
     return manifest.model_sha256
@@ -157,7 +159,7 @@ def _write(
             return draft_hf(rounded, specs, directory, MAX_SHARD_BYTES)
         return draft_megatron(rounded, layout, directory, f"iter_{trained.state.step:07d}", VOCAB_MULTIPLE)
 
-    with StagedDirectory(_cleared(target), need_bytes=draft_in(target).num_bytes) as staged:
+    with StagedDirectory(_cleared(target), need_bytes=draft_in(target).num_bytes, overwrite=True) as staged:
         draft = draft_in(staged.work)
         reporter.start(f"writing {target.name}", sum(num_bytes(s.dtype, (s.rows, s.cols)) for s in specs.values()))
         digests = carry(specs, rounded.slots, draft.files, reporter=reporter)
@@ -199,9 +201,7 @@ def _summary(trained: Trained) -> str:
 
 
 def _cleared(target: Path) -> Path:
-    """Make room for an artifact of this run: an older one of the same run is replaced."""
-    if target.exists():
-        if not (target / MANIFEST_NAME).is_file():
-            raise OutputError(f"{target} was not made by this run", code="output.exists", repair="remove it")
-        shutil.rmtree(target)
+    """Return a place for an artifact: one of this run is replaced once the new one is whole, anything else refused."""
+    if target.exists() and not (target / MANIFEST_NAME).is_file():
+        raise OutputError(f"{target} was not made by this run", code="output.exists", repair="remove it")
     return target

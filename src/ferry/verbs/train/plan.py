@@ -75,6 +75,7 @@ class Prepared:
             "global_batch": self.global_batch,
             "lr": self.lr,
             "seed": config.seed,
+            "dtype": self.dtype,
             "optimizer": config.optimizer.model_dump(mode="json"),
             "rows": rows,
             "lora": {**config.lora.model_dump(mode="json"), "modules": len(self.modules)} if self.modules else {},
@@ -151,8 +152,8 @@ def prepare(config: TrainConfig) -> Prepared:
         layer_list=config.layout.layer_list, micro_batch=config.micro_batch,
         global_batch=global_batch if config.method == "pretrain" else None,
     )  # fmt: skip
-    for item in (*config.data, *config.rows.validation):
-        parse_item(item)
+    read = [parse_item(item).path for item in (*config.data, *config.rows.validation)]
+    _refuse_own_inputs(config, read)
     dtype = _dtype(config, device, choices)
     if source.model.family.vision is not None:
         check_layout(source, mesh)
@@ -170,6 +171,19 @@ def prepare(config: TrainConfig) -> Prepared:
         config, source, _assets_directory(source), mesh, device, dtype, seq_len, global_batch, lr, sharded, modules,
         memory, tuple(choices),
     )  # fmt: skip
+
+
+def _refuse_own_inputs(config: TrainConfig, data: list[Path]) -> None:
+    """Refuse to begin anew in a directory that holds what the run reads: it would be removed first."""
+    assert config.output is not None
+    inputs = (config.model, config.adapter, config.rows.chat_template, config.rows.cache, *data)
+    for path in inputs if config.overwrite else ():
+        if path is not None and path.resolve().is_relative_to(config.output.resolve()):
+            raise OutputError(
+                f"{config.output} is, or holds, {path}, which the run reads",
+                code="output.is-source",
+                repair="choose another --output",
+            )
 
 
 def manifest_id(directory: Path) -> str:
@@ -356,6 +370,13 @@ def _data_id(item: str) -> str:
         return str(path)
     stat = path.stat()
     return f"{path.name} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def wanted_results(config: TrainConfig) -> set[str]:
+    """Return the artifacts that a run makes, by name."""
+    if config.method == "lora":
+        return {"adapter", "merged"} if config.merge else {"adapter"}
+    return {"hf": {"model"}, "megatron": {"megatron"}, "both": {"model", "megatron"}}.get(config.export, set())
 
 
 def main_result(config: TrainConfig) -> Path:

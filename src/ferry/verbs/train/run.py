@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ferry.core.environment import environment
-from ferry.core.errors import ConfigError, GateError
+from ferry.core.errors import ConfigError, GateError, OutputError
 from ferry.core.metrics import METRICS_FILE, ValidationPoint, read_metrics, read_validation, summary
 from ferry.core.progress import Reporter
 from ferry.core.record import home
@@ -31,7 +31,7 @@ from ferry.verbs.train.data.settings import DataSettings
 from ferry.verbs.train.data.stream import Stream
 from ferry.verbs.train.following import Follower
 from ferry.verbs.train.job import DataPlace, Job
-from ferry.verbs.train.plan import Prepared, prepare, threads_of
+from ferry.verbs.train.plan import Prepared, prepare, threads_of, wanted_results
 from ferry.verbs.train.tokens import write_tokens
 
 ENTRY = "ferry.verbs.train.engine.worker:work"
@@ -60,21 +60,34 @@ def run(config: TrainConfig, reporter: Reporter) -> Result:
     prepared = prepare(config)
     if config.action == "tokens":
         return write_tokens(config, prepare_data(_data_settings(prepared), reporter), reporter)
-    runfiles.check_output(config.output, prepared.identity, overwrite=config.overwrite)
+    seat = seat_from_environment()
+    # A launcher that starts a rank again starts the same command: only its first start begins anew.
+    overwrite = config.overwrite and not (seat is not None and seat.generation)
+    if (
+        overwrite
+        and seat is None
+        and cluster_from_environment().num_nodes > 1
+        and (config.output / runfiles.RUN).exists()
+    ):
+        raise OutputError(
+            f"{config.output} holds a run, and --overwrite takes one node",
+            code="output.exists",
+            repair="remove it first",
+        )
+    runfiles.check_output(config.output, prepared.identity, overwrite=overwrite)
     for choice in prepared.choices:
         reporter.event("choice", text=choice)
     if config.adapter is not None:
         _check_adapter(config.adapter, prepared, reporter)
     data = prepare_data(_data_settings(prepared), reporter)
     job = _job(prepared, data)
-    done = {} if config.overwrite else runfiles.finished(config.output, job.identity, job.steps)
+    done = {} if overwrite else runfiles.finished(config.output, job.identity, job.steps, wanted_results(config))
     if done:
         reporter.say(f"{config.output} is done already: {job.steps} steps; give more --steps to go on")
         return {**done, "status": "done", "resumed": True}
-    seat = seat_from_environment()
     leads = seat.rank == 0 if seat is not None else cluster_from_environment().node_rank == 0
     if leads:
-        runfiles.begin(config.output, _document(prepared, job, data), overwrite=config.overwrite)
+        runfiles.begin(config.output, _document(prepared, job, data), overwrite=overwrite)
     elif seat is None:
         runfiles.await_begin(config.output, job.identity)
     with claim(config.output / COMMAND) if leads else nullcontext():
@@ -228,7 +241,7 @@ def _finish(outcome: Outcome, job: Job, data: PreparedData, reporter: Reporter) 
         except OSError as error:  # a full disk, most often: what ended the run is the news
             raise failure from error
         raise failure
-    node = cluster_from_environment().node_rank
+    node = cluster_from_environment().node_rank if seat_from_environment() is None else 0
     if node:
         # The first node writes the results: all nodes see one output.
         return {"action": "run", "status": outcome.status, "node": node, "output": str(job.output), "artifact": None}
@@ -245,7 +258,7 @@ def _finish(outcome: Outcome, job: Job, data: PreparedData, reporter: Reporter) 
         "identity": job.identity,
         "artifact": None,
         "summary": _summary(metrics),
-        **_validation(points),
+        **_validation(points, job.steps),
         "restarts": [restart._asdict() for restart in outcome.restarts],
         "report": str(page),
     }
@@ -258,10 +271,10 @@ def _finish(outcome: Outcome, job: Job, data: PreparedData, reporter: Reporter) 
     return result
 
 
-def _validation(points: Sequence[ValidationPoint]) -> dict[str, Any]:
+def _validation(points: Sequence[ValidationPoint], steps: int) -> dict[str, Any]:
     """Return loss and perplexity on the validation data, before the first step and after the last."""
     before = points[0].validation_loss if points and points[0].step == 0 else None
-    after = points[-1].validation_loss if points else None
+    after = points[-1].validation_loss if points and points[-1].step == steps else None
     return {
         "validation_loss_before": before,
         "validation_loss": after,

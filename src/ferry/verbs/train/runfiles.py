@@ -10,12 +10,13 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ferry.core.errors import InputError, OutputError, UnavailableError
 from ferry.core.staging import write_file
+from ferry.formats.fingerprint import damaged_files, manifest_of
 from ferry.formats.training import list_steps
 from ferry.verbs.train.claim import COMMAND, CREW, CREW_LIMIT_S, claim
 
@@ -29,7 +30,7 @@ def check_output(output: Path, identity: Mapping[str, Any], *, overwrite: bool) 
     """Refuse a directory that holds something else; return in words what would happen with a run that is there."""
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file, expected a directory", code="output.exists", repair="choose another")
-    if overwrite or not output.exists() or not any(output.iterdir()):
+    if overwrite or not output.exists() or not _holds_something(output):
         return ""
     earlier = read_document(output / RUN)
     if not earlier:
@@ -49,6 +50,11 @@ def check_output(output: Path, identity: Mapping[str, Any], *, overwrite: bool) 
     return f"goes on with the run in {output.name}" + (f" after step {steps[0]}" if steps else "")
 
 
+def _holds_something(directory: Path) -> bool:
+    """Say whether a directory holds more than what a kill left of the first document."""
+    return any(not (path.name.startswith(f".{RUN}.") and path.name.endswith(".tmp")) for path in directory.iterdir())
+
+
 def _difference(key: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     left, right = found.get(key), wanted[key]
     if isinstance(left, dict) and isinstance(right, dict):
@@ -64,7 +70,7 @@ def _difference(key: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -
 def begin(output: Path, document: Mapping[str, Any], *, overwrite: bool) -> None:
     """Make the directory of a run, or empty that of an earlier one, and write what the run is."""
     if overwrite and output.exists():
-        if any(output.iterdir()) and not (output / RUN).is_file():
+        if _holds_something(output) and not (output / RUN).is_file():
             raise OutputError(
                 f"{output} holds no training run: it is not replaced", code="output.exists", repair="remove it by hand"
             )
@@ -96,12 +102,19 @@ def await_begin(output: Path, identity: str) -> None:
         time.sleep(JOIN_POLL_S)
 
 
-def finished(output: Path, identity: str, steps: int) -> dict[str, Any]:
-    """Return the result of a run that is done already, or nothing."""
+def finished(output: Path, identity: str, steps: int, wanted: Collection[str]) -> dict[str, Any]:
+    """Return the result of a run that is done, with all that is wanted of it there and whole; else nothing."""
     result = read_document(output / RESULT)
-    same = result.get("identity") == identity and result.get("steps") == steps
-    artifact = result.get("artifact")
-    return result if same and (artifact is None or (output / Path(artifact).name).is_dir()) else {}
+    made: dict[str, Any] = result.get("artifacts", {})
+    if result.get("identity") != identity or result.get("steps") != steps or set(made) != set(wanted):
+        return {}
+    for name, item in made.items():
+        manifest = manifest_of(output / name)
+        if manifest is None or manifest.model_sha256 != item["sha256"] or damaged_files(output / name, manifest):
+            return {}
+        item["path"] = str(output / name)
+    main = next(iter(made), None)
+    return {**result, "output": str(output), "artifact": str(output / main) if main else None}
 
 
 def identity_of(values: Mapping[str, Any], data_sha256: str) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ferry.core.errors import InputError, IntegrityError
+from ferry.core.errors import InputError, IntegrityError, OutputError
 from ferry.core.progress import Reporter
 from ferry.core.staging import StagedDirectory
 from ferry.verbs.train.data import chunks, readers
@@ -31,6 +32,9 @@ from ferry.verbs.train.data.tokenset import TokenSet, TokenWriter
 NUM_SNIFFED = 20
 RECIPE = "ferry.tokens/1"
 """Changed when the same rows would give other tokens."""
+
+WAIT_S = 0.2
+"""Between two looks whether another process has made the same token file."""
 
 
 class File(NamedTuple):
@@ -54,7 +58,17 @@ class Work(NamedTuple):
 
 
 def prepare_tokens(path: Path, settings: DataSettings, reporter: Reporter) -> TokenSet:
-    """Return the token file of a place of data, made if it is not in the cache."""
+    """Return the token file of a place of data, made if it is not in the cache; wait for another who is making it."""
+    while True:
+        try:
+            return _prepare_tokens(path, settings, reporter)
+        except OutputError as error:
+            if error.code not in ("output.busy", "output.exists"):
+                raise
+            time.sleep(WAIT_S)
+
+
+def _prepare_tokens(path: Path, settings: DataSettings, reporter: Reporter) -> TokenSet:
     data = find_megatron(path)
     work = _rows_work(path, settings) if data is None else _megatron_work(path, data, settings)
     for found in work.formats:

@@ -97,7 +97,7 @@ def pack(samples: list[Sample], packing: Packing, dp_rank: int, first: int, epoc
     bins = fill_rows(lengths, packing)
     per_rank = len(bins) // packing.dp
     built = [bins[rank * per_rank : (rank + 1) * per_rank] for rank in range(packing.dp)]
-    row_lengths = [max(_row_length(row, lengths) for row in rows) if packing.uniform else 0 for rows in built]
+    row_lengths = [_rounded(max(_row_length(row, lengths) for row in rows)) if packing.uniform else 0 for rows in built]
     rows = [_micro(row, samples, first, row_lengths[dp_rank]) for row in built[dp_rank]]
     padded = sum(max(row_lengths[rank], _row_length(row, lengths)) for rank, rows_ in enumerate(built) for row in rows_)
     num_tokens = sum(lengths)
@@ -131,6 +131,10 @@ def fill_rows(lengths: list[int], packing: Packing) -> list[list[int]]:
         per_rank = packing.num_rows(per_rank + 1)
 
 
+def _rounded(length: int) -> int:
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
+
+
 def _row_length(row: list[int], lengths: list[int]) -> int:
     """Return the tokens of a row; an empty one still has one, of padding."""
     total = sum(lengths[number] for number in row)
@@ -149,7 +153,7 @@ def _has_label(sample: Sample) -> npt.NDArray[np.bool_]:
 def _micro(row: list[int], samples: list[Sample], first: int, length: int) -> Micro:
     """Join samples into a row and pad it to `length` (if that is longer); padding is a segment of its own."""
     total = sum(len(samples[number].tokens) for number in row)
-    length = max(1, total, -(-length // LENGTH_STEP) * LENGTH_STEP if length else 0)
+    length = max(1, total, length)
     ids, labels = np.zeros(length, np.int64), np.full(length, NO_LABEL, np.int64)
     positions, token_ids = np.arange(length, dtype=np.int64), np.zeros(length, np.int64)
     at = 0

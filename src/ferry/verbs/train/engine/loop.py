@@ -46,9 +46,10 @@ def train(engine: Engine, first_step: int) -> str:
     """Train from `first_step` (counted from 0) to the end; return `done`, or `stopped` when asked to leave."""
     job, seat, store = engine.job, engine.seat, engine.store
     saved = first_step
-    if engine.validation and first_step == 0:
-        seat.beat(0, "validating")
-        _validate(engine, 0)
+    if engine.validation and (first_step == 0 or _is_due(job, first_step)):
+        # Also where a kill came between the save and the validation of this step.
+        seat.beat(first_step, "validating")
+        _validate(engine, first_step)
     for step in range(first_step, job.steps):
         seat.beat(step + 1, "training")
         store.check()

@@ -49,7 +49,7 @@ class Optimizer:
     ) -> None:  # fmt: skip
         self.held = list(held)
         self._groups, self._sharded = groups, sharded
-        self.masters = [_master(item) for item in self.held]
+        self.masters = [_master(item, groups) for item in self.held]
         self._is_copy = [item.local.dtype != torch.float32 for item in self.held]
         self._sums = [
             torch.zeros_like(master) if copy else None for master, copy in zip(self.masters, self._is_copy, strict=True)
@@ -155,12 +155,19 @@ def _adder(total: torch.Tensor):  # type: ignore[no-untyped-def]
     return add
 
 
-def _master(item: Held) -> torch.Tensor:
+def _master(item: Held, groups: Groups) -> torch.Tensor:
+    """Return the float32 tensor that is optimized: the parameter itself, or its values as they were loaded."""
     local = item.local.detach()
     if local.dtype == torch.float32:
         return local
     source, item.source = item.source, None
-    return source.to(local.device) if source is not None and source.shape == local.shape else local.float()
+    if source is None:
+        return local.float()
+    if source.shape != local.shape:  # FSDP2 cuts the first dimension into ceil(n / dp)
+        size = -(-source.shape[0] // groups.mesh.dp)
+        source = source[groups.dp_rank * size : (groups.dp_rank + 1) * size].clone()
+    assert source.shape == local.shape
+    return source.to(local.device)
 
 
 def _sum_all(grads: Iterable[torch.Tensor], group: dist.ProcessGroup | None) -> None:

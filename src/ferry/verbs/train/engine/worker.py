@@ -101,7 +101,9 @@ def _join(seat: Seat, device: Device) -> None:
         where: dict[str, Any] = (
             {} if store is None else {"store": store, "rank": seat.rank, "world_size": seat.world_size}
         )
-        dist.init_process_group(device.backend, timeout=COLLECTIVE_LIMIT, **where)
+        # Small sums of numbers are made on the CPU, whatever the device.
+        backend = device.backend if device.type == "cpu" else f"cpu:gloo,{device.type}:{device.backend}"
+        dist.init_process_group(backend, timeout=COLLECTIVE_LIMIT, **where)
 
 
 def _build(job: Job, checkpoint: Checkpoint, groups: Groups, where: torch.device) -> list[Built]:
