@@ -157,7 +157,7 @@ def test_a_full_disk_stops_the_run_and_the_last_good_checkpoint_stays(
     assert (digests(output), losses(output)) == (digests(undisturbed), losses(undisturbed))
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_error_of_a_save_ends_the_command_with_its_cause(
     asynchronous: bool, small_run: Any, model: Any, tmp_path: Path
 ) -> None:
@@ -184,7 +184,9 @@ METHODS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["sft", "lora", pytest.param("pretrain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "pretrain"))]
+)
 def test_a_run_that_moves_from_layout_to_layout_has_the_losses_of_one_that_does_not(
     method: str, small_run: Any, model: Any, documents: Path, tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ import pytest
 from ferry.formats import training
 from training import Command, digests, events, flags, lines, losses, settings, train
 
-STEPS, SAVE_EVERY = 24, 3
+STEPS, SAVE_EVERY = 18, 3
 LATEST_S = 1.6
 """Kills fall up to so long after the start of a generation: into loading, steps and saves."""
 POLL = threading.Event()

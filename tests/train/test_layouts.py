@@ -2,7 +2,7 @@
 mask drawn anew, a norm clipped by a part of itself.
 
 Every layout computes the same sums in another order, so 20 steps agree but for rounding. float32 has 2**-24 = 6e-8 a
-rounding; the losses are means of some hundred terms. TOLERANCE is what the issue promises; seen: see numerics.md.
+rounding; the losses are means of some hundred terms. TOLERANCE is promised; seen: 4e-7.
 """
 
 from __future__ import annotations
@@ -50,15 +50,12 @@ def alone(model: Callable[[str], Path], configured: Configured, place: Path) -> 
 
 
 @pytest.mark.parametrize(("name", "layout"), [
-    *(("llama", layout) for layout in ("tp2", "pp2", "tp2 pp2", "dp2 replicated", "dp2 sharded", "pp2 interleaved")),
-    *(("qwen2", layout) for layout in ("tp2", "pp2", "tp2 pp2", "dp2 sharded")),
-    ("llama", "recompute"),
+    *(("llama", layout) for layout in ("tp2", "pp2", "tp2 pp2", "dp2 sharded", "pp2 interleaved", "recompute")),
+    *(("qwen2", layout) for layout in ("tp2", "pp2", "tp2 pp2", "dp2 replicated")),
     *(pytest.param("qwen2", layout, marks=pytest.mark.slow)
-      for layout in ("dp2 replicated", "pp2 interleaved", "uneven pp2", "recompute", "pp2 dp2 sharded")),
+      for layout in ("dp2 sharded", "pp2 interleaved", "uneven pp2", "recompute", "pp2 dp2 sharded")),
     *(pytest.param("llama", layout, marks=pytest.mark.slow)
-      for layout in ("uneven pp2", "tp2 dp2 sharded", "pp2 dp2 sharded")),
-    ("mixtral", "tp2"), *(pytest.param("qwen3-moe", layout, marks=pytest.mark.slow) for layout in ("tp2", "pp2")),
-    ("llama", "more tp than kv heads"), pytest.param("qwen2", "more tp than kv heads", marks=pytest.mark.slow),
+      for layout in ("dp2 replicated", "uneven pp2", "tp2 dp2 sharded", "pp2 dp2 sharded")),
 ])  # fmt: skip
 def test_20_steps_of_every_layout_have_the_losses_of_one_rank(
     name: str, layout: str, model: Callable[[str], Path], configured: Configured, alone: Any, tmp_path: Path
@@ -67,6 +64,18 @@ def test_20_steps_of_every_layout_have_the_losses_of_one_rank(
     assert expected[-1] < expected[0] - 1.0, "a model that does not learn proves little"
     train(configured(model(name), tmp_path / "run", **LAYOUTS[layout]))
     assert worst(losses(tmp_path / "run"), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "layout"), [
+    ("mixtral", "tp2"), ("llama", "more tp than kv heads"),
+    pytest.param("qwen3-moe", "tp2", marks=pytest.mark.slow), pytest.param("qwen3-moe", "pp2", marks=pytest.mark.slow),
+    pytest.param("qwen2", "more tp than kv heads", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_experts_and_shared_key_value_heads_train_as_on_one_rank(
+    name: str, layout: str, model: Callable[[str], Path], configured: Configured, alone: Any, tmp_path: Path
+) -> None:
+    train(configured(model(name), tmp_path / "run", **LAYOUTS[layout], steps=6))
+    assert worst(losses(tmp_path / "run"), alone(name, steps=6)) <= TOLERANCE
 
 
 LORA = {"method": "lora", "lora": {"dropout": 0.1, "rank": 4}, "lr": 1e-2}
