@@ -17,8 +17,8 @@ from training import Command, conversations, flags, losses, worst
 GOLDEN = Path(__file__).parent.parent / "golden" / "cpu" / "smollm2-lora-loss.json"
 TOLERANCE = 1e-5
 """Relative, over 20 steps: CPUs, versions of torch and numbers of threads sum float32 in other orders. Seen on one CPU,
-with rows twice as long, against AVX-512 code with one thread: 1.5e-6 with two threads, 1.2e-6 with AVX2, 1.4e-6 with SSE. At five times this
-learning rate it was 3e-5: what rounding starts, training amplifies."""
+with rows twice as long, against AVX-512 code with one thread: 1.5e-6 with two threads, 1.2e-6 with AVX2, 1.4e-6 with
+SSE. At five times this learning rate it was 3e-5: what rounding starts, training amplifies."""
 OPTIONS: dict[str, Any] = {
     "method": "lora", "steps": 20, "global_batch": 2, "seq_len": 64, "lr": 2e-4, "save_every": 20,
     "lora": {"rank": 8, "alpha": 16, "dropout": 0.05},
