@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -20,6 +19,8 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
+
+from ferry.core.environment import hardware
 
 JOBS = {
     "hf2mg TP2 PP2": ["hf2mg", "model", "out", "--tp", "2", "--pp", "2"],
@@ -94,13 +95,6 @@ def table(rounds: list[dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=5)
@@ -121,7 +115,8 @@ def main() -> None:
     fresh(work)
     load = os.getloadavg()[0]
     num_bytes = sum(path.stat().st_size for path in (work / "model").iterdir())
-    print(f"{date.today()}, {processor()}, {os.cpu_count()} cores, load {load:.1f}, {num_bytes / 1e9:.2f} GB, ", end="")
+    machine = f"{hardware()['cpu']}, {os.cpu_count()} cores, load {load:.1f}"
+    print(f"{date.today()}, {machine}, {num_bytes / 1e9:.2f} GB, ", end="")
     print(f"{len(rounds)} rounds, medians (ratios: median, least and most of the pairs)\n\n{table(rounds)}")
     if options.json:
         options.json.write_text(json.dumps(rounds, indent=1))

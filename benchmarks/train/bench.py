@@ -16,7 +16,6 @@ import argparse
 import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -26,6 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ferry_train
+
+from ferry.core.environment import hardware
 
 HERE = Path(__file__).resolve().parent
 TORCH = "torch==2.13.0"
@@ -159,13 +160,6 @@ def table(rounds: list[dict[str, Any]], peers: list[str]) -> str:
     return "\n".join(lines)
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--install", action="store_true", help="make the peers' environments first")
@@ -191,7 +185,7 @@ def main() -> None:
                 results.setdefault(f"{method}, batch {batch}", []).append(found)
                 (place.work / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         print(f"round {number} of {options.rounds} done, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
-    print(f"{date.today()}, {processor()}, {os.cpu_count()} cores, {options.rounds} rounds, medians (least-most)")
+    print(f"{date.today()}, {hardware()['cpu']}, {os.cpu_count()} cores, {options.rounds} rounds, medians (least-most)")
     for title, rounds in results.items():
         print(f"\n**{title}**\n\n{table(rounds, options.peers)}")
 

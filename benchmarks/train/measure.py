@@ -41,6 +41,27 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def trainer_arguments(batches: dict[str, Any], work: Path) -> dict[str, Any]:
+    """The settings that all trainers on transformers' Trainer share: the samples in their order, and the same AdamW."""
+    return {
+        "output_dir": str(work),
+        "use_cpu": True,
+        "per_device_train_batch_size": batches["batch"],
+        "max_steps": batches["steps"],
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": MAX_GRAD_NORM,
+        "train_sampling_strategy": "sequential",
+        "dataloader_pin_memory": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 1,
+    }
+
+
 @dataclass
 class Step:
     cpu_s: float

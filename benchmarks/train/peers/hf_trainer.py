@@ -40,23 +40,9 @@ def main() -> None:
         }
 
     arguments = TrainingArguments(
-        output_dir=str(chosen.work),
-        use_cpu=True,
-        per_device_train_batch_size=batches["batch"],
-        max_steps=batches["steps"],
-        learning_rate=measure.LEARNING_RATE,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=measure.MAX_GRAD_NORM,
-        train_sampling_strategy="sequential",
+        **measure.trainer_arguments(batches, chosen.work),
         remove_unused_columns=False,
-        dataloader_pin_memory=False,
         activation_checkpointing=chosen.checkpointing,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=1,
     )
     meter = measure.Meter()
     trainer = Trainer(

@@ -30,24 +30,10 @@ def main() -> None:
             task_type="CAUSAL_LM",
         )
     arguments = SFTConfig(
-        output_dir=str(chosen.work),
-        use_cpu=True,
+        **measure.trainer_arguments(batches, chosen.work),
         bf16=False,
-        per_device_train_batch_size=batches["batch"],
-        max_steps=batches["steps"],
         max_length=measure.MAX_TOKENS,
-        learning_rate=measure.LEARNING_RATE,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=measure.MAX_GRAD_NORM,
-        train_sampling_strategy="sequential",
-        dataloader_pin_memory=False,
         gradient_checkpointing=chosen.checkpointing,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=1,
     )
     samples = [{name: sample[name] for name in ("input_ids", "labels")} for sample in batches["samples"]]
     meter = measure.Meter()

@@ -114,6 +114,15 @@ def check_target(target: Path, need_bytes: int = 0, *, overwrite: bool = False) 
         )
 
 
+def check_apart(target: Path, *inputs: Path | None) -> None:
+    """Refuse a target that is, or holds, something to be read: with `overwrite` it would be removed."""
+    for path in inputs:
+        if path is not None and path.resolve().is_relative_to(target.resolve()):
+            raise OutputError(
+                f"{target} is, or holds, the source {path}", code="output.is-source", repair="choose another target"
+            )
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file so that it appears whole: temporary name, sync, rename."""
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"

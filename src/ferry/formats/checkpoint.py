@@ -5,6 +5,7 @@ Formats meet only here: reading gives a `Checkpoint`, planning gives a `Draft`, 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,3 +90,13 @@ class Draft:
         small = {**self.small, **self.last}
         sizes = (item.stat().st_size if isinstance(item, Path) else len(item) for item in small.values())
         return sum(file.num_bytes for file in self.files) + sum(sizes)
+
+    def write_small(self, directory: Path) -> None:
+        """Write the files that are no weights, those that make the rest count last."""
+        for name, content in {**self.small, **self.last}.items():
+            path = directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Path):
+                shutil.copyfile(content, path)
+            else:
+                path.write_bytes(content)

@@ -8,13 +8,13 @@ from ferry.core.manifest import MANIFEST_NAME, FileDigest, Manifest, Node
 from ferry.core.plan import Plan, PlannedFile
 from ferry.core.progress import Reporter
 from ferry.core.safetensors import read_header
-from ferry.core.staging import StagedDirectory, check_target
+from ferry.core.staging import StagedDirectory, check_apart, check_target
 from ferry.core.verb import Result
 from ferry.formats.fingerprint import file_sha256
 from ferry.formats.gguf import WEIGHTS, GgufModel, gguf_plan
 from ferry.formats.opening import sniff
 from ferry.verbs.convert.config import ConvertConfig
-from ferry.verbs.convert.paths import check_apart, source_and_target
+from ferry.verbs.convert.paths import source_and_target
 from ferry.verbs.convert.unused import refuse_layout
 
 MEMORY_BYTES = 100_000_000

@@ -11,7 +11,7 @@ from ferry.core.errors import ConfigError, LayoutError
 from ferry.core.family import HEAD, Model
 from ferry.core.layout import padded_vocabulary
 from ferry.core.plan import Plan, PlannedFile
-from ferry.core.staging import check_target
+from ferry.core.staging import check_apart, check_target
 from ferry.families.registry import check_name
 from ferry.formats.checkpoint import Assets, Checkpoint, Draft
 from ferry.formats.fingerprint import content_id, file_sha256, manifest_of
@@ -26,7 +26,7 @@ from ferry.formats.torch_dist_write import draft_torch_dist
 from ferry.verbs.convert.config import ConvertConfig
 from ferry.verbs.convert.from_gguf import is_gguf, plan_gguf
 from ferry.verbs.convert.normhead import normalise_rows
-from ferry.verbs.convert.paths import check_apart, source_and_target
+from ferry.verbs.convert.paths import source_and_target
 from ferry.verbs.convert.unused import layout_options, refuse_layout
 
 INTERPRETER_BYTES = 60_000_000

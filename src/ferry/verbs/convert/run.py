@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from ferry.core.carry import carry
@@ -36,7 +35,7 @@ def run(config: ConvertConfig, reporter: Reporter) -> Result:
         draft = prepared.draft(staged.work)
         digests = _carry(prepared, draft, config, reporter)
         checked = compare(promised, digests, prepared.source) if config.hash else 0
-        _write_small(draft, staged.work)
+        draft.write_small(staged.work)
         manifest = _manifest(prepared, draft, digests, promised, config, staged.work)
         (staged.work / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         staged.commit()
@@ -106,16 +105,6 @@ def compare(promised: Manifest | None, digests: dict[str, str], source: Checkpoi
             repair="nothing was written; the source was changed or damaged after it was made: make or fetch it again",
         )
     return checked
-
-
-def _write_small(draft: Draft, directory: Path) -> None:
-    for name, content in {**draft.small, **draft.last}.items():
-        path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, Path):
-            shutil.copyfile(content, path)
-        else:
-            path.write_bytes(content)
 
 
 def _manifest(

@@ -164,13 +164,7 @@ def _write(
         reporter.start(f"writing {target.name}", sum(num_bytes(s.dtype, (s.rows, s.cols)) for s in specs.values()))
         digests = carry(specs, rounded.slots, draft.files, reporter=reporter)
         reporter.finish()
-        for name, content in {**draft.small, **draft.last}.items():
-            path = staged.work / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, Path):
-                shutil.copyfile(content, path)
-            else:
-                path.write_bytes(content)
+        draft.write_small(staged.work)
         manifest = _manifest(trained, rounded, draft, digests, staged.work, target.name)
         (staged.work / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         staged.commit()

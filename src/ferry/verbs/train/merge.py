@@ -6,7 +6,6 @@ is carried bit for bit. Needs no torch, and memory for the matrices of a few mod
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ import numpy as np
 
 from ferry.core.carry import Spec, carry
 from ferry.core.dtypes import num_bytes
-from ferry.core.errors import InputError, IntegrityError, OutputError
+from ferry.core.errors import InputError, IntegrityError
 from ferry.core.floats import FLOATS, Bytes, from_float32, to_float32
 from ferry.core.manifest import MANIFEST_NAME, Manifest, Node
 from ferry.core.progress import Reporter
-from ferry.core.staging import StagedDirectory, check_target
+from ferry.core.staging import StagedDirectory, check_apart, check_target
 from ferry.core.verb import Result
 from ferry.formats import peft
 from ferry.formats.checkpoint import Checkpoint, Draft
@@ -52,7 +51,7 @@ def merge(
 ) -> Result:
     """Write base + adapter as a Hugging Face model directory; return where it is and what was changed."""
     merging = prepare(base, adapter)
-    _check_apart(target, base, adapter)
+    check_apart(target, base, adapter)
     check_target(target, overwrite=overwrite)
     check_intact(merging.adapter)
     if manifest_of(base) is None:
@@ -66,7 +65,7 @@ def merge(
         draft = merging.draft(staged.work)
         digests = _carry(merging, draft, reporter, threads)
         _compare(known, digests, base)
-        _write_small(draft, staged.work)
+        draft.write_small(staged.work)
         manifest = _manifest(merging, draft, digests, known, staged)
         (staged.work / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         staged.commit()
@@ -146,13 +145,6 @@ def _carry(merging: Merge, draft: Draft, reporter: Reporter, threads: int) -> di
     return digests
 
 
-def _check_apart(target: Path, *inputs: Path) -> None:
-    """Refuse a target that is, or holds, an input: with `overwrite` it would be removed."""
-    for path in inputs:
-        if path.resolve().is_relative_to(target.resolve()):
-            raise OutputError(f"{target} is, or holds, {path}", code="output.is-source", repair="choose another target")
-
-
 def _notes(adapter: Adapter) -> list[str]:
     if adapter.base_sha256:
         return []
@@ -178,16 +170,6 @@ def _compare(known: Base, digests: Mapping[str, str], base: Path) -> None:
             code="lora.base-damaged",
             repair="nothing was written; make or fetch the base again",
         )
-
-
-def _write_small(draft: Draft, directory: Path) -> None:
-    for name, content in draft.small.items():
-        path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, Path):
-            shutil.copyfile(content, path)
-        else:
-            path.write_bytes(content)
 
 
 def _manifest(merging: Merge, draft: Draft, digests: dict[str, str], known: Base, staged: StagedDirectory) -> Manifest:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ferry.core.environment import usable_cores
-from ferry.core.errors import ConfigError, InputError, OutputError
+from ferry.core.errors import ConfigError, InputError
 from ferry.core.family import Model
 from ferry.core.mesh import Mesh, check_mesh, plan_mesh
 from ferry.core.plan import Plan
-from ferry.core.staging import check_target
+from ferry.core.staging import check_apart, check_target
 from ferry.core.training_memory import MemoryEstimate, Setup, flops_per_token, memory_per_rank, num_parameters
 from ferry.core.units import size_text
 from ferry.devices.device import Device, find
@@ -153,7 +153,9 @@ def prepare(config: TrainConfig) -> Prepared:
         global_batch=global_batch if config.method == "pretrain" else None,
     )  # fmt: skip
     read = [parse_item(item).path for item in (*config.data, *config.rows.validation)]
-    _refuse_own_inputs(config, read)
+    if config.overwrite:
+        assert config.output is not None
+        check_apart(config.output, config.model, config.adapter, config.rows.chat_template, config.rows.cache, *read)
     dtype = _dtype(config, device, choices)
     if source.model.family.vision is not None:
         check_layout(source, mesh)
@@ -171,19 +173,6 @@ def prepare(config: TrainConfig) -> Prepared:
         config, source, _assets_directory(source), mesh, device, dtype, seq_len, global_batch, lr, sharded, modules,
         memory, tuple(choices),
     )  # fmt: skip
-
-
-def _refuse_own_inputs(config: TrainConfig, data: list[Path]) -> None:
-    """Refuse to begin anew in a directory that holds what the run reads: it would be removed first."""
-    assert config.output is not None
-    inputs = (config.model, config.adapter, config.rows.chat_template, config.rows.cache, *data)
-    for path in inputs if config.overwrite else ():
-        if path is not None and path.resolve().is_relative_to(config.output.resolve()):
-            raise OutputError(
-                f"{config.output} is, or holds, {path}, which the run reads",
-                code="output.is-source",
-                repair="choose another --output",
-            )
 
 
 def manifest_id(directory: Path) -> str:
@@ -386,9 +375,3 @@ def main_result(config: TrainConfig) -> Path:
         return config.output / "adapter"
     names = {"hf": "model", "both": "model", "megatron": "megatron"}
     return config.output / names[config.export] if config.export in names else config.output
-
-
-def refuse_unwritable(output: Path) -> None:
-    """Refuse an output that is a file."""
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file, expected a directory", code="output.exists", repair="choose another")

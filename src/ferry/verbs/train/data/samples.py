@@ -15,7 +15,6 @@ from ferry.verbs.train.data.rendering import Tokens
 
 Shown = list[tuple[str, bool]]
 """One sample as spans of text, each with whether it is supervised."""
-NUM_SHOWN = 3
 
 
 def shown_indices(num_samples: int) -> list[int]:

@@ -56,7 +56,6 @@ class Linear(nn.Module):
         self.bias = bias_O
         self.group = group if split == "columns" else None
         self.adapter = adapter
-        self.out_features, self.in_features = weight_OI.shape
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.linear(x, self.weight, self.bias if self.group is None else None)

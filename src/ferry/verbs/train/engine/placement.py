@@ -8,7 +8,6 @@ embedding and head by (padded) rows of the vocabulary.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -26,7 +25,6 @@ QUERIES = (f.QUERY, f.QUERY_BIAS)
 KEYS = (f.KEY, f.VALUE, f.KEY_BIAS, f.VALUE_BIAS)
 COLUMNS = (f.ATTENTION_OUT, f.DOWN)
 PARTIAL_NORMS = (f.QUERY_NORM, f.KEY_NORM)
-VOCABULARY = (f.EMBEDDING, f.HEAD)
 
 
 class Rank(NamedTuple):
@@ -177,9 +175,3 @@ def cut_rows(local: Local, start: int, end: int) -> Local:
     covered = {row for piece in pieces for row in (piece.at_row, piece.at_row + piece.rows)}
     pad = (end - start) - max(covered, default=0)
     return Local(end - start, local.cols, local.ndim, tuple(pieces), max(0, pad))
-
-
-def layer_of(name: str) -> int | None:
-    """Return the layer number in a parameter's name, or None."""
-    found = re.search(r"\.layers\.(\d+)\.", name)
-    return int(found.group(1)) if found else None

@@ -197,8 +197,7 @@ class _Builder:
     def linear(self, name: str, module: nn.Linear, wanted: dict[str, Place]) -> Linear:
         place = wanted.pop(f"{name}.weight")
         made = Linear(nn.Parameter(torch.empty(0, 0)), None, place.split, self.groups.tp)  # type: ignore[arg-type]
-        weight = self.put(made, "weight", place)
-        made.out_features, made.in_features = weight.shape
+        self.put(made, "weight", place)
         if module.bias is not None:
             self.put(made, "bias", wanted.pop(f"{name}.bias"))
         if name in self.recipe.adapters:
