@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from megatron.core.datasets import indexed_dataset
 
 from ferry.core.errors import FerryError, InputError
 from ferry.core.progress import Reporter
@@ -18,7 +20,6 @@ from ferry.verbs.train.data.settings import DataSettings
 from ferry.verbs.train.data.stream import Stream
 from ferry.verbs.train.data.tokenset import TokenSet
 
-indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
 DOCUMENTS = [[[5, 6, 7]], [[8], [9, 10]], [[11] * 40]]
 """Three documents; the second is two sequences."""
 
@@ -26,7 +27,6 @@ DOCUMENTS = [[[5, 6, 7]], [[8], [9, 10]], [[11] * 40]]
 def by_megatron(prefix: Path, documents: list[list[list[int]]], dtype: type) -> None:
     """Write data with megatron-core's own builder."""
     builder = indexed_dataset.IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    torch = pytest.importorskip("torch")
     for document in documents:
         for sequence in document:
             builder.add_item(torch.tensor(sequence))

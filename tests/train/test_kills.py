@@ -122,6 +122,25 @@ def test_two_kills_one_inside_a_save_change_no_bit(name: str, small_run: Any, mo
         hits += disturb(case, 2 - hits, draw, first_inside=hits == 0)
 
 
+def test_a_stopped_worker_is_found_and_the_run_goes_on_with_the_same_bits(
+    small_run: Any, model: Any, tmp_path: Path
+) -> None:
+    options = {"model": model("small"), "tp": 2, "steps": 40, "save_every": 5, "export": "hf"}
+    expected = train(settings(**small_run(output=tmp_path / "undisturbed", **options)))
+    crew = {"threads": 1, "hang_extra_s": 1.5}
+    command = Command(tmp_path / "log", *flags(**small_run(output=tmp_path / "run", crew=crew, **options)))
+    command.wait(lambda: len(lines(tmp_path / "run" / "metrics.jsonl")) >= 6)
+    os.kill(events(tmp_path / "run", "started")[0]["workers"]["1"], signal.SIGSTOP)
+    assert command.status() == 0, command.text()
+    (hang,) = events(tmp_path / "run", "hang")
+    assert hang["rank"] == 1
+    assert hang["silence_s"] < 10
+    assert hang["stacks"]["1"]["state"].startswith("T")
+    assert "all_reduce" in hang["stacks"]["0"]["stack"], "the other rank waits for it, and says where"
+    assert "where it was stuck" in (tmp_path / "run" / "report.html").read_text()
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["model_sha256"] == expected["model_sha256"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -13,6 +13,11 @@ from typing import Any
 
 import pytest
 
+from ferry.core.dtypes import num_bytes
+from ferry.core.gather import Sources
+from ferry.core.pipeline import pipeline
+from ferry.formats.opening import open_checkpoint
+from ferry.verbs.train.engine.placement import Rank, places
 from training import losses, train, worst
 
 TOLERANCE = 1e-6
@@ -105,3 +110,16 @@ def test_packing_and_micro_batches_change_no_loss(
 ) -> None:
     train(configured(model("llama"), tmp_path / "run", **{"seq_len": 256, **fields}))
     assert worst(losses(tmp_path / "run"), alone("llama", seq_len=256)) <= TOLERANCE
+
+
+def test_each_rank_reads_only_its_slices(model: Callable[[str], Path]) -> None:
+    checkpoint = open_checkpoint(model("llama"))
+    (chunk,) = pipeline(checkpoint.model.dims.num_layers, 1)
+    read = []
+    for rank in range(2):
+        with Sources(checkpoint.slots) as sources:
+            for place in places(checkpoint.model, Rank(2, rank), chunk).values():
+                sources.gather(place.local)
+            read.append(sources.num_bytes_read)
+    whole = sum(num_bytes(slot.dtype, slot.local.shape) for slot in checkpoint.slots)
+    assert max(read) < 0.55 * whole, "half of every matrix, and the norms"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -135,7 +136,6 @@ LORA = {"method": "lora", "lora": {"rank": 4, "targets": ("q_proj", "v_proj", "m
 def test_an_adapter_loads_in_peft_and_merged_it_is_the_same_model(
     model: Path, data: Path, validation: Path, tmp_path: Path
 ) -> None:
-    peft = pytest.importorskip("peft")
     from transformers import Qwen2VLForConditionalGeneration
 
     rows = {"validation": (str(validation),)}
@@ -157,7 +157,6 @@ def test_an_adapter_loads_in_peft_and_merged_it_is_the_same_model(
 def test_an_adapter_made_by_peft_on_the_whole_model_is_merged_into_the_same_modules(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
-    peft = pytest.importorskip("peft")
     from transformers import Qwen2VLForConditionalGeneration
 
     from ferry.core.progress import Reporter

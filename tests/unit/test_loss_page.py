@@ -141,9 +141,21 @@ def test_checkpoints_and_restarts_stand_at_their_steps() -> None:
         {"event": "choice", "ts": 0},
     ]
     run = curves(events=events)
-    assert [tuple(mark) for mark in marks_of(run)] == [(4, "saved", ""), (6, "restart", "rank 1 was killed")]
+    assert [tuple(mark)[:3] for mark in marks_of(run)] == [(4, "saved", ""), (6, "restart", "rank 1 was killed")]
     reader = Reader(render_page([run], "One"))
     assert (reader.count("line", "saved"), reader.count("line", "restart")) == (1, 1)
+
+
+def test_a_hang_shows_where_the_rank_was_stuck() -> None:
+    stacks = {
+        "0": {"state": "S", "waits_in": "", "stack": "elsewhere"},
+        "1": {"state": "S", "waits_in": "", "stack": "in <all_reduce>"},
+    }
+    hang = {"event": "hang", "step": 3, "rank": 1, "phase": "training", "silence_s": 11.5, "stacks": stacks, "ts": 0}
+    page = render_page([curves(events=[hang])], "One")
+    assert "rank 1 was silent for 11.5 s (training)" in page
+    assert "in &lt;all_reduce&gt;" in page
+    assert "elsewhere" not in page
 
 
 def test_a_restart_without_an_event_is_seen_in_the_metrics() -> None:
@@ -277,7 +289,6 @@ def test_a_page_that_cannot_be_made_is_refused(
 
 
 def test_tensorboard_event_files_hold_the_numbers(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event
 
     from ferry.pages.tensorboard import TensorBoardWriter

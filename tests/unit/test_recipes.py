@@ -287,3 +287,23 @@ def test_the_activations_of_a_real_layer_are_at_most_the_estimate_and_nearly_it(
 
     measured, estimated = saved_bytes(3) - saved_bytes(2), estimate(3) - estimate(2)
     assert 0.9 * estimated <= measured <= estimated
+
+
+def test_train_plans_a_recipe_alone_and_refuses_to_run_it() -> None:
+    import ferry
+    from ferry.core.errors import ConfigError
+    from ferry.verbs.train.config import TrainConfig
+    from ferry.verbs.train.plan import plan
+
+    config = TrainConfig.model_validate({"recipe": "baichuan2-13b-full-8192"})
+    planned = plan(config)
+    assert planned.details["devices"] == 16
+    assert planned.details["mesh"] == {"tp": 8, "pp": 2, "vpp": 1, "dp": 1}
+    assert any("look exchanged" in choice for choice in planned.choices)
+    assert sum(value for key, value in planned.details["memory_per_rank"].items() if key.endswith("_bytes")) == (
+        planned.memory_bytes
+    )
+    for recipe in recipes():
+        assert plan(TrainConfig.model_validate({"recipe": recipe})).memory_bytes > 0
+    with pytest.raises(ConfigError, match="says how to train, not what"):
+        ferry.train(recipe="llama2-13b-lora-4096")

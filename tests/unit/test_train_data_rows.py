@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+import zstandard
+from pyarrow import parquet
 
 from ferry.core.errors import ConfigError, InputError
 from ferry.verbs.train.data.conversation import BadRow, Conversation, Text
@@ -253,8 +256,6 @@ def test_the_same_rows_come_out_of_every_kind_of_file(tmp_path: Path) -> None:
 
 
 def test_parquet_rows_are_those_that_were_written(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     rows = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?", "weight": 1}]}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     assert rows_of(tmp_path / "rows.parquet") == rows
@@ -264,7 +265,6 @@ def test_parquet_rows_are_those_that_were_written(tmp_path: Path) -> None:
 
 
 def test_zstandard_lines_are_read(tmp_path: Path) -> None:
-    zstandard = pytest.importorskip("zstandard")
     (tmp_path / "rows.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "a"}\n{"text": "b"}\n'))
     assert rows_of(tmp_path / "rows.jsonl.zst") == [{"text": "a"}, {"text": "b"}]
 

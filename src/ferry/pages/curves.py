@@ -43,6 +43,8 @@ class Mark(NamedTuple):
     step: int
     kind: str
     text: str
+    detail: str = ""
+    """Where a rank was stuck: its stacks, as many lines as they are."""
 
 
 def is_run(directory: Path) -> bool:
@@ -74,7 +76,7 @@ def read_run(directory: Path, name: str = "") -> RunCurves:
 def marks_of(run: RunCurves) -> list[Mark]:
     """Return what happened, each thing at its step; one that names no step stands where the run was at that time."""
     marks = [
-        Mark(_step(event, run.metrics), str(event["event"]), _text(event))
+        Mark(_step(event, run.metrics), str(event["event"]), _text(event), _stack(event))
         for event in run.events
         if event.get("event") in MARKED
     ]
@@ -92,7 +94,17 @@ def _step(event: Mapping[str, Any], metrics: Sequence[StepMetrics]) -> int:
 
 def _text(event: Mapping[str, Any]) -> str:
     told = (event.get(key) for key in ("reason", "cause", "message"))
+    if event.get("event") == "hang":
+        return f"rank {event.get('rank')} was silent for {event.get('silence_s')} s ({event.get('phase')})"
     return next((text for text in told if isinstance(text, str)), "")
+
+
+def _stack(event: Mapping[str, Any]) -> str:
+    """Return the stacks of the rank that hung, or what the system said of it where it could write none."""
+    finding = (event.get("stacks") or {}).get(str(event.get("rank")))
+    if not isinstance(finding, Mapping):
+        return ""
+    return str(finding.get("stack") or f"no stack: {finding.get('state')}, waits in {finding.get('waits_in')}")
 
 
 def _document(path: Path) -> dict[str, Any]:

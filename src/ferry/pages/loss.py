@@ -110,7 +110,7 @@ def _data(run: RunCurves) -> dict[str, Any]:
         "step": [m.step for m in steps],
         **{key: [_number(value(m)) for m in steps] for key, value in columns.items()},
         "validation": [[point.step, _number(point.validation_loss)] for point in run.validation],
-        "marks": [list(mark) for mark in marks_of(run)],
+        "marks": [list(mark[:3]) for mark in marks_of(run)],
     }
 
 

@@ -179,8 +179,15 @@ class TrainConfig(VerbConfig):
         """Take the manual's words for methods."""
         return [_words(layer) for layer in layers]
 
+    @property
+    def is_recipe_alone(self) -> bool:
+        """Say whether only a recipe is asked about: it can be planned without a model and devices."""
+        return self.action == "run" and bool(self.recipe) and self.model is None and not self.data
+
     @model_validator(mode="after")
     def _complete(self) -> TrainConfig:
+        if self.is_recipe_alone:
+            return self
         if self.model is None:
             raise ValueError("model is missing; give --model DIR")
         if self.output is None:

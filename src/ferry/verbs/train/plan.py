@@ -30,6 +30,7 @@ from ferry.verbs.train import merge, runfiles
 from ferry.verbs.train.config import TrainConfig
 from ferry.verbs.train.crew.seat import cluster_from_environment
 from ferry.verbs.train.data.settings import parse_item
+from ferry.verbs.train.recipe_plan import plan_recipe
 from ferry.verbs.train.vision.layout import check_layout, tower_sentence
 from ferry.verbs.train.vision.pictures import VisionSpec, vision_spec
 
@@ -96,6 +97,8 @@ class Prepared:
 
 def plan(config: TrainConfig) -> Plan:
     """Return what `ferry train` would do."""
+    if config.is_recipe_alone:
+        return plan_recipe(config)
     assert config.model is not None
     assert config.output is not None
     if config.action == "merge":

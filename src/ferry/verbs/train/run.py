@@ -32,6 +32,7 @@ from ferry.verbs.train.data.stream import Stream
 from ferry.verbs.train.following import Follower
 from ferry.verbs.train.job import DataPlace, Job
 from ferry.verbs.train.plan import Prepared, prepare, threads_of, wanted_results
+from ferry.verbs.train.recipe_plan import refuse_to_train
 from ferry.verbs.train.tokens import write_tokens
 
 ENTRY = "ferry.verbs.train.engine.worker:work"
@@ -45,6 +46,7 @@ SHOWN_CHARS = 400
 
 def run(config: TrainConfig, reporter: Reporter) -> Result:
     """Train (or go on training) and return what was made; or merge an adapter."""
+    refuse_to_train(config)
     assert config.model is not None
     assert config.output is not None
     if config.action == "merge":
