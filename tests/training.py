@@ -29,6 +29,7 @@ import ferry.verbs.train.engine.worker
 from conftest import without_hub
 from ferry.core.progress import Reporter
 from ferry.core.verb import Result
+from ferry.data.prepare import prepare as prepare_data
 from ferry.formats import training
 from ferry.verbs.train import run as verb
 from ferry.verbs.train import runfiles
@@ -36,7 +37,6 @@ from ferry.verbs.train.config import TrainConfig
 from ferry.verbs.train.crew.channel import Channel, wait_for_any
 from ferry.verbs.train.crew.spec import CrewSpec, Outcome
 from ferry.verbs.train.crew.supervisor import supervise
-from ferry.verbs.train.data.prepare import prepare as prepare_data
 from ferry.verbs.train.plan import prepare
 
 FORK = get_context("fork")

@@ -13,12 +13,12 @@ from megatron.core.datasets import indexed_dataset
 
 from ferry.core.errors import FerryError, InputError
 from ferry.core.progress import Reporter
+from ferry.data.megatron import PARTS, export_megatron
+from ferry.data.prepare import prepare
+from ferry.data.settings import DataSettings
+from ferry.data.stream import Stream
+from ferry.data.tokenset import TokenSet
 from ferry.formats.megatron_data import DTYPES, IndexedData, IndexedWriter
-from ferry.verbs.train.data.megatron import PARTS, export_megatron
-from ferry.verbs.train.data.prepare import prepare
-from ferry.verbs.train.data.settings import DataSettings
-from ferry.verbs.train.data.stream import Stream
-from ferry.verbs.train.data.tokenset import TokenSet
 
 DOCUMENTS = [[[5, 6, 7]], [[8], [9, 10]], [[11] * 40]]
 """Three documents; the second is two sequences."""

@@ -183,7 +183,7 @@ def test_a_pipeline_is_refused_before_anything_is_read(model: Path, data: Path, 
 
 
 def test_a_picture_that_changes_during_a_run_stops_it(model: Path, tmp_path: Path) -> None:
-    from ferry.verbs.train.vision.pictures import measured, patches, vision_spec
+    from ferry.data.vision.pictures import measured, patches, vision_spec
 
     make_data(tmp_path)
     spec = vision_spec(prepare(configured(model, tmp_path / "rows.jsonl", tmp_path / "run")).model, model)

@@ -20,12 +20,12 @@ from transformers import AutoConfig, Qwen2VLModel
 import ferry
 from ferry.core.errors import GateError, InputError, IntegrityError
 from ferry.core.progress import Reporter
+from ferry.data.prepare import PreparedData, prepare
+from ferry.data.settings import DataSettings
+from ferry.data.tokenset import TokenSet
+from ferry.data.vision.pictures import vision_spec
+from ferry.data.vision.places import Grid, axes
 from ferry.formats.opening import open_checkpoint
-from ferry.verbs.train.data.prepare import PreparedData, prepare
-from ferry.verbs.train.data.settings import DataSettings
-from ferry.verbs.train.data.tokenset import TokenSet
-from ferry.verbs.train.vision.pictures import vision_spec
-from ferry.verbs.train.vision.places import Grid, axes
 from vision_models import IMAGE, as_on_the_hub, make_data, make_model, make_pictures, picture_talk, talk, write_rows
 
 

@@ -13,10 +13,10 @@ import pytest
 
 from ferry.core.errors import ConfigError, FerryError, GateError, InputError, IntegrityError
 from ferry.core.progress import Reporter
-from ferry.verbs.train.data.prepare import PreparedData, prepare
-from ferry.verbs.train.data.settings import DataSettings
-from ferry.verbs.train.data.stream import Stream
-from ferry.verbs.train.data.tokenset import FILES, TokenSet
+from ferry.data.prepare import PreparedData, prepare
+from ferry.data.settings import DataSettings
+from ferry.data.stream import Stream
+from ferry.data.tokenset import FILES, TokenSet
 
 SHARED = Path(os.environ.get("FERRY_SHARED_DATA") or Path(__file__).parents[2].parent / "shared" / "data") / "train"
 

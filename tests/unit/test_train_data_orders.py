@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ferry.core.errors import InputError
-from ferry.verbs.train.data.mixture import Mixture, View
-from ferry.verbs.train.data.orders import permutation, split
-from ferry.verbs.train.data.stream import Stream
-from ferry.verbs.train.data.tokenset import TokenSet, TokenWriter
+from ferry.data.mixture import Mixture, View
+from ferry.data.orders import permutation, split
+from ferry.data.stream import Stream
+from ferry.data.tokenset import TokenSet, TokenWriter
 
 SEEDS = st.integers(0, 2**63)
 
@@ -111,7 +111,7 @@ def test_a_mixture_is_named_by_its_parts_and_weights(three: list[TokenSet]) -> N
 
 
 def test_another_process_sees_the_same_order() -> None:
-    code = "from ferry.verbs.train.data.orders import permutation; print(permutation(50, 5, 1, 2).tolist())"
+    code = "from ferry.data.orders import permutation; print(permutation(50, 5, 1, 2).tolist())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(permutation(50, 5, 1, 2).tolist())
 

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ferry.core.errors import InputError
-from ferry.verbs.train.data.conversation import BadRow, Conversation, Message, Text
-from ferry.verbs.train.data.rendering import Renderer, RendererSpec, renderer, tokenizer_sha256
-from ferry.verbs.train.data.samples import samples_text, shown
+from ferry.data.conversation import BadRow, Conversation, Message, Text
+from ferry.data.rendering import Renderer, RendererSpec, renderer, tokenizer_sha256
+from ferry.data.samples import samples_text, shown
 
 TALK = Conversation(
     (Message("user", "Hi"), Message("assistant", "Yes?"), Message("user", "1+1"), Message("assistant", "2 é 你好"))

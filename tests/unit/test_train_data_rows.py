@@ -13,10 +13,10 @@ import zstandard
 from pyarrow import parquet
 
 from ferry.core.errors import ConfigError, InputError
-from ferry.verbs.train.data.conversation import BadRow, Conversation, Text
-from ferry.verbs.train.data.handlers import ALIASES, choose_handler, convert, named_handler
-from ferry.verbs.train.data.readers import Source, fingerprint, parse, read_rows, sources_of
-from ferry.verbs.train.data.settings import parse_item
+from ferry.data.conversation import BadRow, Conversation, Text
+from ferry.data.handlers import ALIASES, choose_handler, convert, named_handler
+from ferry.data.readers import Source, fingerprint, parse, read_rows, sources_of
+from ferry.data.settings import parse_item
 
 MOSS = {
     "conversation_id": 1,

@@ -19,6 +19,9 @@ from ferry.core.plan import Plan
 from ferry.core.staging import check_apart, check_target
 from ferry.core.training_memory import MemoryEstimate, Setup, flops_per_token, memory_per_rank, num_parameters
 from ferry.core.units import size_text
+from ferry.data.settings import parse_item
+from ferry.data.vision.layout import check_layout, tower_sentence
+from ferry.data.vision.pictures import VisionSpec, vision_spec
 from ferry.devices.device import Device, find
 from ferry.formats.checkpoint import Checkpoint
 from ferry.formats.fingerprint import content_id, manifest_of
@@ -29,10 +32,7 @@ from ferry.recipes.catalogue import Recipe, corrected, find_recipe, problems
 from ferry.verbs.train import merge, runfiles
 from ferry.verbs.train.config import TrainConfig
 from ferry.verbs.train.crew.seat import cluster_from_environment
-from ferry.verbs.train.data.settings import parse_item
 from ferry.verbs.train.recipe_plan import plan_recipe
-from ferry.verbs.train.vision.layout import check_layout, tower_sentence
-from ferry.verbs.train.vision.pictures import VisionSpec, vision_spec
 
 DEFAULT_SEQ_LEN = 2048
 DEFAULT_GLOBAL_BATCH = 8

@@ -16,6 +16,11 @@ from ferry.core.progress import Reporter
 from ferry.core.record import home
 from ferry.core.staging import write_file
 from ferry.core.verb import Result
+from ferry.data.prepare import PreparedData
+from ferry.data.prepare import prepare as prepare_data
+from ferry.data.samples import samples_text
+from ferry.data.settings import DataSettings
+from ferry.data.stream import Stream
 from ferry.formats.peft import check_base, check_intact, open_adapter
 from ferry.formats.peft_write import base_of
 from ferry.verbs.train import merge, runfiles
@@ -24,11 +29,6 @@ from ferry.verbs.train.config import TrainConfig
 from ferry.verbs.train.crew.launch import launch
 from ferry.verbs.train.crew.seat import Seat, cluster_from_environment, seat_from_environment
 from ferry.verbs.train.crew.spec import CrewSpec, Outcome, error_of
-from ferry.verbs.train.data.prepare import PreparedData
-from ferry.verbs.train.data.prepare import prepare as prepare_data
-from ferry.verbs.train.data.samples import samples_text
-from ferry.verbs.train.data.settings import DataSettings
-from ferry.verbs.train.data.stream import Stream
 from ferry.verbs.train.following import Follower
 from ferry.verbs.train.job import DataPlace, Job
 from ferry.verbs.train.plan import Prepared, prepare, threads_of, wanted_results

@@ -5,9 +5,9 @@ from __future__ import annotations
 from ferry.core.progress import Reporter
 from ferry.core.staging import StagedDirectory, check_target
 from ferry.core.verb import Result
+from ferry.data.megatron import export_megatron
+from ferry.data.prepare import PreparedData
 from ferry.verbs.train.config import TrainConfig
-from ferry.verbs.train.data.megatron import export_megatron
-from ferry.verbs.train.data.prepare import PreparedData
 
 PREFIX = "data"
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ferry.verbs.train.vision.pictures import Picture
+from ferry.data.vision.pictures import Picture
 
 Ints = npt.NDArray[np.int64]
 NO_LABEL = -1

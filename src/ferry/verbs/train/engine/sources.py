@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ferry.verbs.train.data.mixture import Mixture
-from ferry.verbs.train.data.prepare import divide
-from ferry.verbs.train.data.stream import Epoch, Stream
-from ferry.verbs.train.data.tokenset import TokenSet
+from ferry.data.mixture import Mixture
+from ferry.data.prepare import divide
+from ferry.data.stream import Epoch, Stream
+from ferry.data.tokenset import TokenSet
 from ferry.verbs.train.engine.batches import Sample, SampleSource
 from ferry.verbs.train.job import DataPlace, Job
 

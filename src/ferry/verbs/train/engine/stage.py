@@ -20,6 +20,7 @@ from ferry.core.errors import InputError
 from ferry.core.family import Model
 from ferry.core.gather import Sources
 from ferry.core.pipeline import Chunk
+from ferry.data.vision.pictures import Picture
 from ferry.verbs.train.engine import attention
 from ferry.verbs.train.engine.context import MicroContext
 from ferry.verbs.train.engine.groups import Groups, copy_to, sum_over
@@ -27,7 +28,6 @@ from ferry.verbs.train.engine.linear import Adapter, Embedding, Linear, initial_
 from ferry.verbs.train.engine.loss import Vocabulary, loss_sum
 from ferry.verbs.train.engine.parameters import Held, to_torch
 from ferry.verbs.train.engine.placement import Place, Rank, adapter_places, places
-from ferry.verbs.train.vision.pictures import Picture
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ferry.core.family import Model
 from ferry.core.gather import Sources
 from ferry.core.layout import Part, Slot, whole
 from ferry.core.pipeline import pipeline
+from ferry.data.vision.pictures import vision_spec
 from ferry.devices.device import Device, find
 from ferry.formats.checkpoint import Checkpoint
 from ferry.formats.opening import open_checkpoint
@@ -32,11 +33,10 @@ from ferry.verbs.train.engine.optimizer import Optimizer, Schedule
 from ferry.verbs.train.engine.placement import kv_replicas
 from ferry.verbs.train.engine.recording import Recording
 from ferry.verbs.train.engine.schedule import Runner
+from ferry.verbs.train.engine.sight import build_sight
 from ferry.verbs.train.engine.sources import open_sources, validation_samples
 from ferry.verbs.train.engine.stage import Built, Recipe, build_stage
 from ferry.verbs.train.job import Job
-from ferry.verbs.train.vision.pictures import vision_spec
-from ferry.verbs.train.vision.sight import build_sight
 
 COLLECTIVE_LIMIT = timedelta(hours=2)
 """Longer than any save: the supervisor sees a hang long before."""

@@ -16,10 +16,10 @@ from torch import nn
 
 from ferry.core.errors import InputError, UnavailableError
 from ferry.core.family import Model, Vision
+from ferry.data.vision.pictures import Picture, VisionSpec, patches
+from ferry.data.vision.places import Grid, axes
 from ferry.verbs.train.engine.parameters import to_torch
 from ferry.verbs.train.engine.stage import rebuild_buffers
-from ferry.verbs.train.vision.pictures import Picture, VisionSpec, patches
-from ferry.verbs.train.vision.places import Grid, axes
 
 Carried = Mapping[str, tuple[str, tuple[int, ...], bytes]]
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ferry.verbs.train.data.orders import DRAW, SHUFFLE, Int64, permutation
-from ferry.verbs.train.data.rendering import Tokens
-from ferry.verbs.train.data.tokenset import Samples
+from ferry.data.orders import DRAW, SHUFFLE, Int64, permutation
+from ferry.data.rendering import Tokens
+from ferry.data.tokenset import Samples
 
 
 class View:

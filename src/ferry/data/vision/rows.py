@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ferry.verbs.train.data.conversation import BadRow, Conversation, Message
-from ferry.verbs.train.data.rendering import Renderer, Tokens
-from ferry.verbs.train.vision.pictures import VisionSpec, measured
-from ferry.verbs.train.vision.places import Grid, check_count, expanded
+from ferry.data.conversation import BadRow, Conversation, Message
+from ferry.data.rendering import Renderer, Tokens
+from ferry.data.vision.pictures import VisionSpec, measured
+from ferry.data.vision.places import Grid, check_count, expanded
 
 MARK = "<image>"
 PICTURE_PARTS = ("image", "image_url")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ferry.core.errors import GateError, InputError
-from ferry.verbs.train.data.chunks import Done, Finding
-from ferry.verbs.train.data.settings import DataSettings
+from ferry.data.chunks import Done, Finding
+from ferry.data.settings import DataSettings
 
 NUM_BAD_SHOWN = 10
 

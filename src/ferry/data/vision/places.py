@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ferry.verbs.train.data.conversation import BadRow
+from ferry.data.conversation import BadRow
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]

@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ferry.core.errors import InputError
-from ferry.verbs.train.data.conversation import BadRow, Conversation, Meaning, Message, Text
-from ferry.verbs.train.data.settings import TrainOn
-from ferry.verbs.train.vision.pictures import Picture, VisionSpec
+from ferry.data.conversation import BadRow, Conversation, Meaning, Message, Text
+from ferry.data.settings import TrainOn
+from ferry.data.vision.pictures import Picture, VisionSpec
 
 Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]

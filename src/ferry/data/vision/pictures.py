@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from ferry.core.errors import InputError, UnavailableError
 from ferry.core.family import Model
-from ferry.verbs.train.data.conversation import BadRow
+from ferry.data.conversation import BadRow
 
 PROCESSOR = "preprocessor_config.json"
 Float32 = npt.NDArray[np.float32]

@@ -15,13 +15,13 @@ import numpy as np
 
 from ferry.core.errors import ConfigError, InputError
 from ferry.core.progress import Reporter
-from ferry.verbs.train.data.mixture import Mixture, View
-from ferry.verbs.train.data.orders import split
-from ferry.verbs.train.data.rendering import renderer
-from ferry.verbs.train.data.samples import Shown
-from ferry.verbs.train.data.settings import DataSettings, parse_item
-from ferry.verbs.train.data.tokenising import prepare_tokens, rendered_samples, rendering_spec
-from ferry.verbs.train.data.tokenset import Samples, TokenSet
+from ferry.data.mixture import Mixture, View
+from ferry.data.orders import split
+from ferry.data.rendering import renderer
+from ferry.data.samples import Shown
+from ferry.data.settings import DataSettings, parse_item
+from ferry.data.tokenising import prepare_tokens, rendered_samples, rendering_spec
+from ferry.data.tokenset import Samples, TokenSet
 
 
 @dataclass(frozen=True)

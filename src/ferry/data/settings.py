@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ferry.core.errors import ConfigError, InputError
-from ferry.verbs.train.vision.pictures import VisionSpec
+from ferry.data.vision.pictures import VisionSpec
 
 Method = Literal["sft", "lora", "pretrain"]
 Truncation = Literal["refuse", "cut", "drop"]

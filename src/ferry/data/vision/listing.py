@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ferry.verbs.train.vision.pictures import Picture, is_same
+from ferry.data.vision.pictures import Picture, is_same
 
 BLOB, OFFSETS = "pictures.bin", "picture_offsets.bin"
 PICTURE_FILES: dict[str, np.dtype[Any]] = {BLOB: np.dtype("u1"), OFFSETS: np.dtype("<i8")}

@@ -19,15 +19,15 @@ from typing import Any, NamedTuple
 from ferry.core.errors import InputError, IntegrityError, OutputError
 from ferry.core.progress import Reporter
 from ferry.core.staging import StagedDirectory
-from ferry.verbs.train.data import chunks, readers
-from ferry.verbs.train.data.conversation import BadRow, Text
-from ferry.verbs.train.data.handlers import Handler, choose_handler, named_handler
-from ferry.verbs.train.data.megatron import MegatronData, find_megatron, read_megatron
-from ferry.verbs.train.data.rendering import RendererSpec, renderer, tokenizer_sha256
-from ferry.verbs.train.data.samples import shown, shown_indices
-from ferry.verbs.train.data.settings import DataSettings
-from ferry.verbs.train.data.tally import Tally, judge, judge_bad, tally_from_json
-from ferry.verbs.train.data.tokenset import TokenSet, TokenWriter
+from ferry.data import chunks, readers
+from ferry.data.conversation import BadRow, Text
+from ferry.data.handlers import Handler, choose_handler, named_handler
+from ferry.data.megatron import MegatronData, find_megatron, read_megatron
+from ferry.data.rendering import RendererSpec, renderer, tokenizer_sha256
+from ferry.data.samples import shown, shown_indices
+from ferry.data.settings import DataSettings
+from ferry.data.tally import Tally, judge, judge_bad, tally_from_json
+from ferry.data.tokenset import TokenSet, TokenWriter
 
 NUM_SNIFFED = 20
 RECIPE = "ferry.tokens/1"

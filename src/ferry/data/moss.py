@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ferry.verbs.train.data.conversation import BadRow, Conversation, Message, checked
+from ferry.data.conversation import BadRow, Conversation, Message, checked
 
 _HEAD = re.compile(r"^\s*(<\|[^|>]*\|>|\[(Human|MOSS)\])\s*:\s*")
 _END = re.compile(r"\s*<eo[a-z]>\s*$")

@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ferry.core.errors import FerryError, InputError, UnavailableError
-from ferry.verbs.train.data import readers
-from ferry.verbs.train.data.conversation import BadRow, Conversation
-from ferry.verbs.train.data.handlers import Handler, convert, named_handler
-from ferry.verbs.train.data.rendering import RendererSpec, Tokens, renderer
-from ferry.verbs.train.data.settings import Truncation
-from ferry.verbs.train.vision.pictures import Picture
-from ferry.verbs.train.vision.rows import encoded, is_cut
+from ferry.data import readers
+from ferry.data.conversation import BadRow, Conversation
+from ferry.data.handlers import Handler, convert, named_handler
+from ferry.data.rendering import RendererSpec, Tokens, renderer
+from ferry.data.settings import Truncation
+from ferry.data.vision.pictures import Picture
+from ferry.data.vision.rows import encoded, is_cut
 
 CHUNK_BYTES = 1 << 18
 MAX_CHUNK_ROWS = 2048

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from ferry.core.errors import InputError, UnavailableError
-from ferry.verbs.train.data.conversation import BadRow, Text
+from ferry.data.conversation import BadRow, Text
 
 ENDINGS = (".json", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 DOCUMENT_END = "<|endoftext|>"

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ferry.core.errors import ConfigError, InputError, did_you_mean
-from ferry.verbs.train.data.conversation import PASSED_ON, BadRow, Conversation, Meaning, Message, Text, checked
-from ferry.verbs.train.data.moss import from_moss, is_moss
+from ferry.data.conversation import PASSED_ON, BadRow, Conversation, Meaning, Message, Text, checked
+from ferry.data.moss import from_moss, is_moss
 
 Row = Mapping[str, Any]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ferry.verbs.train.data.rendering import Tokens
+from ferry.data.rendering import Tokens
 
 Shown = list[tuple[str, bool]]
 """One sample as spans of text, each with whether it is supervised."""

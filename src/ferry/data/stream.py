@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ferry.core.errors import InputError
-from ferry.verbs.train.data.mixture import Mixture
-from ferry.verbs.train.data.orders import Int64
-from ferry.verbs.train.data.rendering import Bool, Int32
+from ferry.data.mixture import Mixture
+from ferry.data.orders import Int64
+from ferry.data.rendering import Bool, Int32
 
 
 class Sequence(NamedTuple):

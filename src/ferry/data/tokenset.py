@@ -22,9 +22,9 @@ import numpy.typing as npt
 
 from ferry.core.errors import IntegrityError
 from ferry.core.staging import write_file
-from ferry.verbs.train.data.rendering import Tokens
-from ferry.verbs.train.vision.listing import PICTURE_FILES, PictureList, PictureWriter, picture_sizes
-from ferry.verbs.train.vision.pictures import Picture
+from ferry.data.rendering import Tokens
+from ferry.data.vision.listing import PICTURE_FILES, PictureList, PictureWriter, picture_sizes
+from ferry.data.vision.pictures import Picture
 
 SCHEMA = "ferry.tokens/1"
 INDEX_NAME = "index.json"

@@ -15,10 +15,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ferry.core.errors import InputError
+from ferry.data.chunks import Done, Spec, filled, place
+from ferry.data.rendering import Tokens
+from ferry.data.tokenset import Samples
 from ferry.formats.megatron_data import IndexedData, IndexedWriter, Items
-from ferry.verbs.train.data.chunks import Done, Spec, filled, place
-from ferry.verbs.train.data.rendering import Tokens
-from ferry.verbs.train.data.tokenset import Samples
 
 PARTS = ("input_ids", "attention_mask", "labels")
 IGNORED = -100
