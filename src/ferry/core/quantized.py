@@ -64,7 +64,7 @@ class Integers:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.values.shape  # type: ignore[return-value]
+        return self.values.shape
 
 
 def rounded(values: Float32, dtype: str) -> Float32:
@@ -73,8 +73,12 @@ def rounded(values: Float32, dtype: str) -> Float32:
 
 
 def quantize(
-    weight_NK: Float32, scheme: Scheme, scale_dtype: str, clip_NG: Float32 | None = None, input_scale: float | None = None
-) -> Integers:  # fmt: skip
+    weight_NK: Float32,
+    scheme: Scheme,
+    scale_dtype: str,
+    clip_NG: Float32 | None = None,
+    input_scale: float | None = None,
+) -> Integers:
     """Return a weight rounded to nearest (ties to even). `clip_NG` shrinks the range of each scale (1 = all of it).
 
     8 bits are symmetric. Rows can be quantized in windows unless there is one scale for the tensor.
