@@ -25,8 +25,16 @@ class FerryError(Exception):
         self.code = code
         self.repair = repair
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Let it cross between processes."""
+        return (_remade, (type(self), self.message, self.code, self.repair))
+
     def __str__(self) -> str:
         return f"{self.message}; {self.repair}" if self.repair else self.message
+
+
+def _remade(kind: type[FerryError], message: str, code: str, repair: str) -> FerryError:
+    return kind(message, code=code, repair=repair)
 
 
 class ConfigError(FerryError):

@@ -89,6 +89,19 @@ class Vision(NamedTuple):
         return int(config.get(key, self.tokens[key]))
 
 
+class Smoothing(NamedTuple):
+    """Where factors per channel can move without changing the function: SmoothQuant (arXiv 2211.10438) and AWQ.
+
+    The weight of `source` (a norm), or its rows and bias (a linear), are divided by the factors, the columns of `into`
+    multiplied. `heads`: the channels are those of key-value heads, of which several query heads read each.
+    """
+
+    name: str
+    source: str
+    into: tuple[str, ...]
+    heads: bool = False
+
+
 Config = Mapping[str, Any]
 SIZES: dict[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers",), "hidden_size": ("hidden_size",), "ffn_hidden_size": ("intermediate_size",),
@@ -129,6 +142,8 @@ class Family:
     """What transformers calls the router and the fused experts (`EXPERT_UP`: gate and up; `EXPERT_DOWN`) in memory."""
     vision: Vision | None = None
     """How pictures enter, where they can."""
+    smoothing: tuple[Smoothing, ...] = ()
+    """Where quantization may move scales: which norm or linear feeds which linears, with nothing but them between."""
 
     def roles(self, config: Config) -> dict[str, str | Packed]:
         """Return the roles that exist for this config."""

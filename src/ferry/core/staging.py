@@ -1,8 +1,9 @@
 """Outputs appear whole or not at all.
 
-A `StagedDirectory` is written under a temporary name beside its target, synced, and renamed at the end. A second
-writer on the same target is refused by a lock; a stale temporary directory left by a killed process is removed by the
-next writer. The target must not exist, unless `overwrite` is set: then the old one stays until the new one is complete.
+A `StagedDirectory` is written under a temporary name beside its target, synced, and renamed at the end. A second writer
+on the same target is refused by a lock; a stale temporary directory left by a killed process is removed by the next
+writer, or taken up by one that `keeps` it. The target must not exist, unless `overwrite` is set: then the old one stays
+until the new one is complete.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ from ferry.core.errors import OutputError
 
 
 class StagedDirectory:
-    """A directory being made. Use as a context manager; `commit()` inside it makes the result visible."""
+    """A directory being made. Use as a context manager; `commit()` inside it makes the result visible.
 
-    def __init__(self, target: Path, *, need_bytes: int = 0, overwrite: bool = False) -> None:
+    With `keeps`, what a killed or interrupted writer left is still there, and a full disk does not take it away: the
+    writer says itself what of it counts. Other errors remove it.
+    """
+
+    def __init__(self, target: Path, *, need_bytes: int = 0, overwrite: bool = False, keeps: bool = False) -> None:
         self.target = Path(os.path.abspath(target))
         self.work = self.target.parent / f".{self.target.name}.ferry-partial"
         self._lock_path = self.target.parent / f".{self.target.name}.ferry-lock"
         self._need_bytes = need_bytes
         self._overwrite = overwrite
+        self._keeps = keeps
         self._lock_fd = -1
         self._made_parents: list[Path] = []
 
@@ -54,12 +60,17 @@ class StagedDirectory:
         # A second look under the lock: another writer may have finished between the check and the lock.
         try:
             check_target(self.target, self._need_bytes, overwrite=self._overwrite)
-            shutil.rmtree(self.work, ignore_errors=True)
-            self.work.mkdir()
+            if not self._keeps:
+                self.clear()
+            self.work.mkdir(exist_ok=True)
         except BaseException:
             self._release()
             raise
         return self
+
+    def clear(self) -> None:
+        """Throw away what was written so far."""
+        shutil.rmtree(self.work, ignore_errors=True)
 
     def commit(self) -> None:
         """Sync everything that was written and give it its final name."""
@@ -77,17 +88,22 @@ class StagedDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.work, ignore_errors=True)
+        is_full = isinstance(error, OSError) and error.errno in (28, 122)  # ENOSPC, EDQUOT
+        stays = self._keeps and error is not None and (is_full or not isinstance(error, Exception))
+        if not stays:
+            self.clear()
         self._release()
-        if error is not None:
+        if error is not None and not stays:
             for path in self._made_parents:
                 if path.exists() and not any(path.iterdir()):
                     path.rmdir()
-        if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+        if is_full:
+            kept = f"what is done is in {self.work.name}" if stays else "nothing of it was kept"
+            again = ", and run the same command again" if stays else ", or choose another place"
             raise OutputError(
-                f"the disk filled up while writing {self.target}; nothing of it was kept",
+                f"the disk filled up while writing {self.target}; {kept}",
                 code="output.disk-full",
-                repair=f"free {_size(self._need_bytes)} there, or choose another place",
+                repair=f"free {_size(self._need_bytes)} there{again}",
             ) from None
 
     def _release(self) -> None:

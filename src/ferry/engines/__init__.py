@@ -1,0 +1,1 @@
+"""What runs a model: Hugging Face modules filled from any checkpoint, layer by layer."""

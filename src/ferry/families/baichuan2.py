@@ -5,7 +5,7 @@ the same model_type and another vocabulary (64,000 instead of 125,696), and no N
 """
 
 from ferry.core import family as f
-from ferry.families.llama import WEIGHTS
+from ferry.families.llama import SMOOTHING, WEIGHTS
 
 OTHERS: dict[str, str | f.Packed] = {
     role: name for role, name in WEIGHTS.items() if role not in (f.QUERY, f.KEY, f.VALUE)
@@ -20,6 +20,7 @@ FAMILY = f.Family(
     name="baichuan2",
     models=("baichuan2", "baichuan"),
     model_types=("baichuan",),
+    smoothing=SMOOTHING,
     weights=OTHERS | f.packed("model.layers.{layer}.self_attn.W_pack.weight", f.QUERY, f.KEY, f.VALUE),
     sizes={"max_positions": ("max_position_embeddings", "model_max_length")},
     carried=("model.layers.*.self_attn.rotary_emb.inv_freq", "model.future_mask"),

@@ -4,11 +4,13 @@ Half of each head is rotated, in interleaved pairs; `rope_ratio` stretches the r
 """
 
 from ferry.core import family as f
+from ferry.families.llama import SMOOTHING
 
 FAMILY = f.Family(
     name="chatglm",
     models=("chatglm", "chatglm3", "chatglmv3", "glm4", "glmv4"),
     model_types=("chatglm",),
+    smoothing=SMOOTHING,
     weights={
         f.EMBEDDING: "transformer.embedding.word_embeddings.weight",
         f.ATTENTION_NORM: "transformer.encoder.layers.{layer}.input_layernorm.weight",

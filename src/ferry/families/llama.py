@@ -25,12 +25,22 @@ QK_NORM = {
     f.QUERY_NORM: "model.layers.{layer}.self_attn.q_norm.weight",
     f.KEY_NORM: "model.layers.{layer}.self_attn.k_norm.weight",
 }
+SMOOTHING = (
+    f.Smoothing("qkv", f.ATTENTION_NORM, (f.QUERY, f.KEY, f.VALUE)),
+    # Attention mixes values over tokens, never over channels.
+    f.Smoothing("out", f.VALUE, (f.ATTENTION_OUT,), heads=True),
+    f.Smoothing("gate_up", f.MLP_NORM, (f.GATE, f.UP)),
+    # down(act(gate) * up): a channel of up is a factor of the same channel of down's input.
+    f.Smoothing("down", f.UP, (f.DOWN,)),
+)
+"""Of every decoder here with plain norms before its linears and a gated MLP."""
 
 FAMILY = f.Family(
     name="llama",
     models=("llama", "llama2", "llama3", "llama3.1", "llama3.2", "yi", "smollm2"),
     model_types=("llama",),
     weights=WEIGHTS,
+    smoothing=SMOOTHING,
     # Old conversions stored the rotary frequencies, which follow from the config.
     carried=("model.layers.*.self_attn.rotary_emb.inv_freq",),
 )

@@ -1,9 +1,14 @@
 """Mixtral: Mistral with experts; w1 is the gate, w3 the up and w2 the down projection, as on the hub."""
 
 from ferry.core import family as f
-from ferry.families.llama import WEIGHTS
+from ferry.families.llama import SMOOTHING, WEIGHTS
 
 ATTENTION = {role: name for role, name in WEIGHTS.items() if role not in f.DENSE_ROLES}
+EXPERT_SMOOTHING = (
+    # The router reads what the experts read: it stays in floating point, and is compensated.
+    f.Smoothing("experts", f.MLP_NORM, (f.ROUTER, f.EXPERT_GATE, f.EXPERT_UP)),
+    f.Smoothing("expert_down", f.EXPERT_UP, (f.EXPERT_DOWN,)),
+)
 
 FAMILY = f.Family(
     name="mixtral",
@@ -16,6 +21,7 @@ FAMILY = f.Family(
         f.EXPERT_UP: "model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
         f.EXPERT_DOWN: "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
     },
+    smoothing=SMOOTHING + EXPERT_SMOOTHING,
     sizes={"expert_ffn_hidden_size": ("intermediate_size",)},
     megatron={"moe_router_pre_softmax": False},
     modules={

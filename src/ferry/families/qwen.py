@@ -6,6 +6,7 @@ Its `intermediate_size` counts gate and up together, so the real width is half. 
 from typing import Any
 
 from ferry.core import family as f
+from ferry.families.llama import SMOOTHING
 
 
 def _halve(values: dict[str, Any], config: f.Config) -> dict[str, Any]:
@@ -16,6 +17,7 @@ FAMILY = f.Family(
     name="qwen",
     models=("qwen",),
     model_types=("qwen",),
+    smoothing=SMOOTHING,
     weights={
         f.EMBEDDING: "transformer.wte.weight",
         f.ATTENTION_NORM: "transformer.h.{layer}.ln_1.weight",

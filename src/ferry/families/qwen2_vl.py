@@ -7,7 +7,7 @@ writes the decoder's sizes into `text_config`; the checkpoints of the hub have t
 from typing import Any
 
 from ferry.core import family as f
-from ferry.families.llama import QKV_BIAS, WEIGHTS
+from ferry.families.llama import QKV_BIAS, SMOOTHING, WEIGHTS
 
 TEXT = "text_config"
 
@@ -31,6 +31,7 @@ FAMILY = f.Family(
     name="qwen2_vl",
     models=("qwen2-vl", "qwen2vl"),
     model_types=("qwen2_vl",),
+    smoothing=SMOOTHING,
     weights=WEIGHTS | QKV_BIAS,
     sizes={key: (*(f"{TEXT}.{name}" for name in names), *names) for key, names in f.SIZES.items()},
     settle=_tied,

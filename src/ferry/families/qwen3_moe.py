@@ -3,7 +3,8 @@
 from typing import Any
 
 from ferry.core import family as f
-from ferry.families.llama import QK_NORM, WEIGHTS
+from ferry.families.llama import QK_NORM, SMOOTHING, WEIGHTS
+from ferry.families.mixtral import EXPERT_SMOOTHING
 
 
 def _dense_layers(values: dict[str, Any], config: f.Config) -> dict[str, Any]:
@@ -26,6 +27,7 @@ FAMILY = f.Family(
         f.EXPERT_UP: "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
         f.EXPERT_DOWN: "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
     },
+    smoothing=SMOOTHING + EXPERT_SMOOTHING,
     sizes={"num_experts": ("num_experts", "num_local_experts")},
     settle=_dense_layers,
     # Without renormalisation the softmax runs over all experts, before the choice.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from ferry.core.errors import FerryError, InputError, IntegrityError
 from ferry.formats.checkpoint import Checkpoint
@@ -11,12 +12,15 @@ from ferry.formats.fingerprint import damaged_files, manifest_of
 from ferry.formats.hf import is_hf, open_hf
 from ferry.formats.megatron import is_megatron, open_megatron
 from ferry.formats.peft import is_adapter
+from ferry.formats.quantized import QuantizedCheckpoint, format_of, known_format, open_quantized
 from ferry.formats.torch_dist import archives, is_torch_dist, open_torch_dist
 from ferry.formats.torch_zip import TorchArchive, check_crcs, open_torch
 
+T = TypeVar("T")
+
 
 def sniff(directory: Path) -> str:
-    """Return the format of a directory or file: `hf`, `megatron`, `torch_dist`, `gguf` or `adapter`."""
+    """Return the format of a directory or file: `hf`, `megatron`, `torch_dist`, `gguf`, `adapter` or `quantized`."""
     if directory.is_file() and directory.suffix == ".gguf":
         return "gguf"
     if not directory.is_dir():
@@ -27,7 +31,7 @@ def sniff(directory: Path) -> str:
     if is_megatron(directory):
         return "megatron"
     if is_hf(directory):
-        return "hf"
+        return "quantized" if format_of(directory) else "hf"
     if is_adapter(directory):
         return "adapter"
     raise InputError(
@@ -51,6 +55,12 @@ def open_checkpoint(directory: Path, hf_assets: Path | None = None) -> Checkpoin
             code="input.adapter",
             repair="`ferry train merge` puts it into its base",
         )
+    if kind == "quantized":
+        raise InputError(
+            f"{directory} is quantized ({known_format(directory).name}), expected a float model",
+            code="input.quantized",
+            repair=f"`ferry quantize {directory} --dequantize --output OUT` gives a float model",
+        )
     if kind == "gguf":
         raise InputError(f"{directory} is a GGUF file", code="input.gguf", repair="`ferry convert gguf2hf` first")
     return open_hf(directory)
@@ -58,8 +68,17 @@ def open_checkpoint(directory: Path, hf_assets: Path | None = None) -> Checkpoin
 
 def open_promised(directory: Path, hf_assets: Path | None = None) -> Checkpoint:
     """Open a checkpoint; where that fails, say first which files are not what the manifest promises."""
+    return _promised(directory, lambda: open_checkpoint(directory, hf_assets))
+
+
+def open_promised_quantized(directory: Path) -> QuantizedCheckpoint:
+    """Open quantized weights; where that fails, say first which files are not what the manifest promises."""
+    return _promised(directory, lambda: open_quantized(directory))
+
+
+def _promised(directory: Path, opener: Callable[[], T]) -> T:
     try:
-        return open_checkpoint(directory, hf_assets)
+        return opener()
     except FerryError as error:
         manifest = manifest_of(directory)
         damaged = [] if manifest is None else damaged_files(directory, manifest)

@@ -16,12 +16,15 @@ from ferry import __version__
 from ferry.control.voyage import picture
 from ferry.control.voyage.artifacts import Artifact, artifacts_of
 from ferry.control.voyage.journey import Journey
+from ferry.control.voyage.quantization import quantizations_of
 from ferry.control.voyage.training import trainings_of
 from ferry.control.voyage.verdict import verdict_of
 from ferry.core.environment import environment
 from ferry.core.units import duration_text, size_text
 
 MAX_TENSORS = 2000
+MAX_TEXT = 2000
+"""Characters of a long structure: the proof of a quantized model tells of thousands of layers."""
 WORDS = {"done": "done", "skipped": "skipped: unchanged", "kept": "kept", "failed": "failed", "waiting": "not made"}
 
 
@@ -53,6 +56,7 @@ def render(journey: Journey, error: Exception | None) -> str:
         checks=[entry for entry in entries if "verified" in entry["result"] or "same" in entry["result"]],
         talks=_talks(entries),
         trainings=trainings_of(entries),
+        quantizations=quantizations_of(entries, voyage.output),
         details=[_details(entry, shown) for entry in entries],
         environment=_environment(),
         version=__version__,
@@ -147,7 +151,8 @@ def _flat(values: Mapping[str, Any], shown: Callable[[object], str], prefix: str
         if isinstance(value, Mapping) and value:
             rows += _flat(value, shown, f"{name}.")
         elif isinstance(value, list | tuple) and any(isinstance(item, Mapping | list) for item in value):
-            rows.append((name, shown(json.dumps(value, ensure_ascii=False))))
+            text = shown(json.dumps(value, ensure_ascii=False))
+            rows.append((name, text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} … ({len(text):,} characters)"))
         elif isinstance(value, list | tuple):
             rows.append((name, shown(", ".join(map(str, value)))))
         else:

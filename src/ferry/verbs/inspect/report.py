@@ -6,6 +6,7 @@ from typing import Any
 
 from ferry.core.units import size_text
 from ferry.core.verb import Result
+from ferry.verbs.inspect.quantized_report import quantized_report
 
 NUM_CARRIED = 4
 
@@ -14,6 +15,8 @@ def report(result: Result) -> str:
     """Return the screen: identity, sizes, layout, what is legal, and the two tables."""
     if result["format"] == "adapter":
         return _adapter(result)
+    if result["format"] == "quantized":
+        return quantized_report(result)
     sizes = result["sizes"]
     heads = f"{sizes['num_heads']} heads, {sizes['num_groups']} kv heads of {sizes['head_dim']}"
     lines = [

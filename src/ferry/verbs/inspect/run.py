@@ -10,7 +10,6 @@ from typing import Any
 from ferry.core import family as f
 from ferry.core.dtypes import num_bytes, num_items
 from ferry.core.family import Model
-from ferry.core.manifest import Manifest
 from ferry.core.progress import Reporter
 from ferry.core.verb import Result
 from ferry.families.registry import model_of
@@ -21,6 +20,8 @@ from ferry.formats.hf import missing_assets
 from ferry.formats.opening import open_checkpoint, sniff
 from ferry.formats.peft import is_adapter, open_adapter
 from ferry.verbs.inspect.config import InspectConfig
+from ferry.verbs.inspect.quantized import inspect_quantized
+from ferry.verbs.inspect.summary import summary
 
 TOKENS_PER_PARAMETER = (1, 5, 20, 100, 200, 1000)
 """20 is compute-optimal after Hoffmann et al. 2022 (arXiv 2203.15556); recent small models use hundreds and more."""
@@ -39,8 +40,11 @@ GROUPS = {
 
 def run(config: InspectConfig, reporter: Reporter) -> Result:
     """Return what the path holds, as JSON values."""
-    if sniff(config.path) == "gguf":
+    kind = sniff(config.path)
+    if kind == "gguf":
         return _inspect_gguf(config)
+    if kind == "quantized":
+        return inspect_quantized(config)
     if is_adapter(config.path):
         return _inspect_adapter(config.path)
     checkpoint = open_checkpoint(config.path, config.hf_assets)
@@ -58,7 +62,7 @@ def run(config: InspectConfig, reporter: Reporter) -> Result:
         "carried": sorted(checkpoint.carried),
         "assets": sorted(checkpoint.assets.files),
         "missing": missing_assets(checkpoint.assets),
-        "manifest": _summary(manifest) if manifest else None,
+        "manifest": summary(manifest) if manifest else None,
         "tensors": _tensor_table(checkpoint, typed) if config.tensors else [],
     }
 
@@ -79,7 +83,7 @@ def _inspect_adapter(path: Path) -> Result:
         "parameters": sum(num_items(shape) for shape in shapes),
         "base": adapter.base_name,
         "base_model_sha256": adapter.base_sha256,
-        "manifest": _summary(adapter.manifest) if adapter.manifest else None,
+        "manifest": summary(adapter.manifest) if adapter.manifest else None,
     }
 
 
@@ -143,17 +147,6 @@ def _tensor_table(checkpoint: Checkpoint, typed: dict[str, tuple[str, tuple[int,
         }
         for slot in checkpoint.slots
     ]
-
-
-def _summary(manifest: Manifest) -> dict[str, Any]:
-    return {
-        "id": manifest.id,
-        "kind": manifest.kind,
-        "model_sha256": manifest.model_sha256,
-        "made_by": f"ferry {manifest.verb} {manifest.version}",
-        "summary": manifest.summary,
-        "changes": list(manifest.changes),
-    }
 
 
 def _inspect_gguf(config: InspectConfig) -> Result:

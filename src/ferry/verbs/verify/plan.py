@@ -10,6 +10,7 @@ from ferry.formats.opening import open_checkpoint, open_promised
 from ferry.formats.peft import is_adapter
 from ferry.verbs.verify.adapter import plan_adapter
 from ferry.verbs.verify.config import VerifyConfig
+from ferry.verbs.verify.quantized import is_quantized, plan_quantized
 
 INTERPRETER_BYTES = 60_000_000
 
@@ -18,6 +19,8 @@ def plan(config: VerifyConfig) -> Plan:
     """Return what would be read; refuse what cannot be opened."""
     if is_adapter(config.path):
         return plan_adapter(config)
+    if is_quantized(config.path):
+        return plan_quantized(config)
     opened = [open_promised(config.path, config.hf_assets)]
     if config.against is not None:
         opened.append(open_checkpoint(config.against, config.hf_assets))

@@ -20,11 +20,12 @@ import torch.distributed as dist
 from ferry.core.errors import FerryError, OutputError
 from ferry.core.gather import Sources
 from ferry.core.layout import Local
+from ferry.engines.modules import to_torch
 from ferry.formats import training
 from ferry.formats.training import Stored, TrainingState
 from ferry.verbs.train.engine.groups import Groups
 from ferry.verbs.train.engine.optimizer import MOMENTS, Optimizer
-from ferry.verbs.train.engine.parameters import Held, sharded_place, to_torch
+from ferry.verbs.train.engine.parameters import Held, sharded_place
 
 POLL_S = 0.02
 Note = Callable[..., None]

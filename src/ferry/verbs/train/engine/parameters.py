@@ -8,18 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ferry.core.gather import Items2D
 from ferry.core.layout import Local
 from ferry.verbs.train.engine.placement import Place, cut_rows
-
-TORCH_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-}  # fmt: skip
 
 
 @dataclass
@@ -58,9 +52,3 @@ def sharded_place(place: Place, dp: int, dp_rank: int) -> Local:
     start, end = min(length, dp_rank * size), min(length, (dp_rank + 1) * size)
     part = cut_rows(place.local, start * per_slice, end * per_slice)
     return part if not place.local.declared else part._replace(declared=(end - start, *place.local.declared[1:]))
-
-
-def to_torch(items: Items2D, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return gathered items as a tensor of their stored dtype."""
-    flat = torch.from_numpy(np.ascontiguousarray(items).view(np.uint8).reshape(-1))
-    return flat.view(TORCH_DTYPES[dtype]).reshape(shape)

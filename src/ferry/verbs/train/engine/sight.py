@@ -18,8 +18,7 @@ from ferry.core.errors import InputError, UnavailableError
 from ferry.core.family import Model, Vision
 from ferry.data.vision.pictures import Picture, VisionSpec, patches
 from ferry.data.vision.places import Grid, axes
-from ferry.verbs.train.engine.parameters import to_torch
-from ferry.verbs.train.engine.stage import rebuild_buffers
+from ferry.engines.modules import rebuild_buffers, to_torch
 
 Carried = Mapping[str, tuple[str, tuple[int, ...], bytes]]
 

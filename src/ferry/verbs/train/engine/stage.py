@@ -20,13 +20,15 @@ from ferry.core.errors import InputError
 from ferry.core.family import Model
 from ferry.core.gather import Sources
 from ferry.core.pipeline import Chunk
+from ferry.core.smoothing import layer_prefix
 from ferry.data.vision.pictures import Picture
+from ferry.engines.modules import empty_decoder, rebuild_buffers, to_torch
 from ferry.verbs.train.engine import attention
 from ferry.verbs.train.engine.context import MicroContext
 from ferry.verbs.train.engine.groups import Groups, copy_to, sum_over
 from ferry.verbs.train.engine.linear import Adapter, Embedding, Linear, initial_adapter
 from ferry.verbs.train.engine.loss import Vocabulary, loss_sum
-from ferry.verbs.train.engine.parameters import Held, to_torch
+from ferry.verbs.train.engine.parameters import Held
 from ferry.verbs.train.engine.placement import Place, Rank, adapter_places, places
 
 
@@ -117,6 +119,7 @@ def build_stage(
     _fill_final_norm(decoder, chunk, wanted, builder)
     assert not wanted, f"no module takes {sorted(wanted)[:3]}"
     rebuild_buffers(decoder, recipe.device)
+    _check_filled(decoder)
     if recipe.recompute:
         _recompute(decoder, context)
     stage.train()
@@ -134,17 +137,12 @@ def load_config(directory: Path) -> Any:
 
 
 def _empty_decoder(directory: Path, chunk: Chunk) -> Any:
-    from transformers import AutoModel
-
-    try:
-        with torch.device("meta"):
-            decoder: Any = AutoModel.from_config(load_config(directory).get_text_config())  # type: ignore[no-untyped-call]
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        raise InputError(
-            f"transformers cannot make the model in {directory}: {' '.join(str(error).split())[:300]}",
-            code="train.model-code",
-            repair="models whose code travels with the checkpoint cannot be trained yet",
-        ) from None
+    decoder = empty_decoder(
+        load_config(directory).get_text_config(),
+        directory,
+        "train.model-code",
+        "models whose code travels with the checkpoint cannot be trained yet",
+    )
     layers = decoder.layers
     decoder.layers = nn.ModuleList([layers[layer] for layer in chunk.layers if layer is not None])
     decoder.embed_tokens = None
@@ -180,7 +178,7 @@ class _Builder:
         return parameter
 
     def fill_layer(self, layer_module: nn.Module, layer: int, wanted: dict[str, Place]) -> None:
-        prefix = _layer_prefix(self.model, layer)
+        prefix = layer_prefix(self.model, layer)
         for path, module in list(layer_module.named_modules()):
             if isinstance(module, nn.Linear):
                 parent, _, leaf = path.rpartition(".")
@@ -248,12 +246,6 @@ def _sum_output(group: Any) -> Callable[..., torch.Tensor]:
     return lambda module, inputs, output: sum_over(output, group)
 
 
-def _layer_prefix(model: Model, layer: int) -> str:
-    """Return what the names of a layer's tensors begin with: `model.layers.3.`."""
-    name = model.part(f.ATTENTION_NORM, layer).name
-    return name[: name.index(f".{layer}.") + len(f".{layer}.")]
-
-
 def _fill_ends(stage: Stage, wanted: dict[str, Place], builder: _Builder) -> None:
     """Load the embedding and the head, where this chunk has them."""
     model, groups = builder.model, builder.groups
@@ -292,14 +284,7 @@ def _fill_final_norm(decoder: nn.Module, chunk: Chunk, wanted: dict[str, Place],
         setattr(decoder, leaf, nn.Identity())
 
 
-def rebuild_buffers(decoder: nn.Module, device: torch.device) -> None:
-    """Compute what the meta device left out: buffers that follow from the config, as rotary frequencies."""
-    for path, module in list(decoder.named_modules()):
-        if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            continue
-        parent, _, leaf = path.rpartition(".")
-        remade: nn.Module = type(module)(config=decoder.config).to(device)
-        setattr(decoder.get_submodule(parent), leaf, remade)
+def _check_filled(decoder: nn.Module) -> None:
     left = [name for name, tensor in (*decoder.named_parameters(), *decoder.named_buffers()) if tensor.is_meta]
     if left:
         raise InputError(f"nothing is known about {', '.join(left[:3])} of this model", code="train.model-tensors")

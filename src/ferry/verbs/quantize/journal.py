@@ -1,0 +1,108 @@
+"""What a killed run leaves behind so that the next one goes on: a line for each block, and the states before the next.
+
+A block counts once its line is there, and a line is written only after everything it tells of is on the disk. Of the
+states (hidden activations between blocks) one file is kept, that of the last block that counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ferry.core.errors import IntegrityError
+from ferry.core.safetensors import make_header, read_header
+from ferry.core.staging import sync_directory, write_file
+
+Float32 = npt.NDArray[np.float32]
+NUMPY_DTYPES = {"F32": np.float32, "U8": np.uint8}
+LINES = "blocks.jsonl"
+
+
+class Journal:
+    """The lines and states of one pass, in a directory of their own.
+
+    `identity` is a digest of all that decides the result: a journal of another one is thrown away.
+    """
+
+    def __init__(self, directory: Path, identity: str) -> None:
+        self.directory = directory
+        self.lines: list[dict[str, Any]] = []
+        found = self._read() if (directory / LINES).is_file() else []
+        if found and found[0].get("identity") == identity:
+            self.lines = found[1:]
+            return
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        self._append({"identity": identity})
+
+    @property
+    def num_done(self) -> int:
+        return len(self.lines)
+
+    def add(self, line: Mapping[str, Any], states: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Let a block count: its states first, then its line; then the states before it are not needed any more."""
+        if states:
+            write_tensors_file(self._state(self.num_done + 1), states)
+        self._append(dict(line))
+        self.lines.append(dict(line))
+        self._state(self.num_done - 1).unlink(missing_ok=True)
+
+    @property
+    def has_states(self) -> bool:
+        return self._state(self.num_done).is_file()
+
+    def states(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the states behind the last block that counts."""
+        return read_tensors_file(self._state(self.num_done))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _state(self, number: int) -> Path:
+        return self.directory / f"states-{number:05}.safetensors"
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with open(self.directory / LINES, "ab") as file:
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        sync_directory(self.directory)
+
+    def _read(self) -> list[dict[str, Any]]:
+        """Return all whole lines; what a kill left behind them is cut off."""
+        path = self.directory / LINES
+        data = path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        os.truncate(path, end)
+        return [json.loads(line) for line in data[:end].splitlines()]
+
+
+def write_tensors_file(
+    path: Path, arrays: Mapping[str, npt.NDArray[Any]], metadata: dict[str, str] | None = None
+) -> None:
+    """Write small named arrays (float32 and uint8) as a safetensors file that appears whole."""
+    names = {np.dtype(kind): name for name, kind in NUMPY_DTYPES.items()}
+    # Wide items first: every tensor then begins at a multiple of its items.
+    ordered = sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    header = make_header(((name, names[array.dtype], array.shape) for name, array in ordered), metadata or {})
+    write_file(path, b"".join([header.raw, *(np.ascontiguousarray(array).tobytes() for _, array in ordered)]))
+
+
+def read_tensors_file(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of a file that `write_tensors_file` wrote."""
+    found: dict[str, npt.NDArray[Any]] = {}
+    header = read_header(path)
+    for name, entry in header.tensors.items():
+        if entry.dtype not in NUMPY_DTYPES:
+            raise IntegrityError(f"{path}: {name} is {entry.dtype}, expected F32 or U8", code="quantize.states")
+        count = (entry.end - entry.start) // np.dtype(NUMPY_DTYPES[entry.dtype]).itemsize
+        flat = np.fromfile(path, NUMPY_DTYPES[entry.dtype], count, offset=entry.start)
+        found[name] = flat.reshape(entry.shape)
+    return found

@@ -1,0 +1,61 @@
+"""What integers do to weights and activations, in torch: the same numbers as `ferry.core.quantized`, for searching."""
+
+from __future__ import annotations
+
+import torch
+
+from ferry.core.quantized import INT4_MIDDLE, PER_TENSOR, Scheme
+from ferry.engines.modules import TORCH_DTYPES
+
+
+def rounded(x: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Return float32 values as `dtype` would hold them."""
+    return x if dtype == "F32" else x.to(TORCH_DTYPES[dtype]).to(torch.float32)
+
+
+def _scales(scales: torch.Tensor, dtype: str) -> torch.Tensor:
+    found = rounded(scales, dtype)
+    return torch.where(found == 0, 1.0, found)
+
+
+def quantized_weight(
+    w_NK: torch.Tensor, scheme: Scheme, scale_dtype: str, clip_NG: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the float32 weight [N, K] that the integers of a weight stand for."""
+    num_rows, num_groups = scheme.scales_shape(*w_NK.shape)
+    grouped = w_NK.reshape(num_rows, num_groups, -1)
+    clip: torch.Tensor | float = 1.0 if clip_NG is None else clip_NG
+    if scheme.symmetric:
+        top = 127.0 if scheme.bits == 8 else INT4_MIDDLE - 1.0
+        scales = _scales(grouped.abs().amax(dim=2) * clip / top, scale_dtype)[:, :, None]
+        low = -top - (scheme.bits == 4)
+        found = (grouped / scales).round_().clamp_(low, top).mul_(scales)
+        return found.reshape(w_NK.shape)
+    low_NG = grouped.amin(dim=2).clamp_(max=0) * clip
+    high_NG = grouped.amax(dim=2).clamp_(min=0) * clip
+    scales_NG = _scales((high_NG - low_NG) / 15.0, scale_dtype)
+    zeros = (-low_NG / scales_NG).round_().clamp_(0, 15)[:, :, None]
+    scales = scales_NG[:, :, None]
+    found = (grouped / scales).round_().add_(zeros).clamp_(0, 15).sub_(zeros).mul_(scales)
+    return found.reshape(w_NK.shape)
+
+
+def quantized_input(x: torch.Tensor, scheme: Scheme, input_scale: float | None = None) -> torch.Tensor:
+    """Return activations [..., K] as int8 with one scale per token (or one for all) would hold them."""
+    if not scheme.activations:
+        return x
+    if scheme.activations == "tensor":
+        assert input_scale is not None
+        return (x / input_scale).round_().clamp_(-128, 127).mul_(input_scale)
+    scales = x.abs().amax(dim=-1, keepdim=True).div_(127.0).clamp_(min=torch.finfo(torch.float32).tiny)
+    return (x / scales).round_().clamp_(-128, 127).mul_(scales)
+
+
+def squared_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return the squared error over the squared norm of what is wanted (NMSE)."""
+    norm = float(wanted.double().square().sum())
+    return float((found - wanted).double().square().sum()) / norm if norm else 0.0
+
+
+def is_per_tensor(scheme: Scheme) -> bool:
+    return scheme.group == PER_TENSOR

@@ -1,0 +1,142 @@
+"""Both passes where text runs through the model: the only part of the verb's run that imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ferry.core.errors import InputError
+from ferry.core.gather import Sources
+from ferry.core.layout import Part
+from ferry.core.manifest import Manifest
+from ferry.core.progress import Reporter
+from ferry.core.smoothing import layer_tensors
+from ferry.data.windows import Windows
+from ferry.engines.blocks import Blocks
+from ferry.verbs.quantize import fallback
+from ferry.verbs.quantize.apply import Streams, Target, apply_layer
+from ferry.verbs.quantize.calibrate import Recipe, calibrate
+from ferry.verbs.quantize.journal import Journal
+from ferry.verbs.quantize.measure import whole_model
+from ferry.verbs.quantize.outcome import Outcome
+from ferry.verbs.quantize.plan import Prepared
+from ferry.verbs.quantize.scales import LayerScales, Scales, check_layer, layer_digest, read_scales
+from ferry.verbs.quantize.shards import Shards
+from ferry.verbs.quantize.writing import check_source, write_units
+
+STREAMS = ("original", "quantized")
+CPU = torch.device("cpu")
+
+
+def make_scales(prepared: Prepared, text: Windows, journal: Journal, reporter: Reporter) -> Scales:
+    """Run pass 1."""
+    job, source = prepared.job, prepared.source
+    _set_threads(job.threads)
+    recipe = Recipe(job.method, prepared.scheme, job.strength, prepared.scale_dtype)
+    with Sources(source.slots) as sources:
+        blocks = Blocks(source.directory, source.model, sources, CPU)
+        layers = calibrate(blocks, text.calibration_BT, recipe, journal, reporter)
+    return Scales(_about(prepared, text), tuple(layers))
+
+
+def _about(prepared: Prepared, text: Windows) -> dict[str, Any]:
+    return {
+        "model": prepared.source.directory.resolve().name,
+        "family": prepared.source.model.family.name,
+        "method": prepared.job.method,
+        "scheme": prepared.scheme._asdict(),
+        "strength": prepared.job.strength,
+        "scale_dtype": prepared.scale_dtype,
+        "text": text.name,
+        "text_sha256": text.sha256,
+        "windows": text.calibration_BT.shape[0],
+        "window_tokens": text.calibration_BT.shape[1],
+    }
+
+
+def scales_of_file(prepared: Prepared, path: Path, text: Windows | None) -> Scales:
+    """Return the scales of a file; refuse those of another model, method, scheme or text."""
+    scales = read_scales(path)
+    model = prepared.source.model
+    wanted = {
+        "method": prepared.job.method,
+        "scheme": prepared.scheme._asdict(),
+        "scale_dtype": prepared.scale_dtype,
+    }
+    if text is not None and text.sha256:
+        wanted["text_sha256"] = text.sha256
+    for key, value in wanted.items():
+        if scales.about.get(key) != value:
+            raise _mismatch(path, f"{key} is {scales.about.get(key)}, expected {value}")
+    if len(scales.layers) != model.dims.num_layers:
+        raise _mismatch(path, f"it has {len(scales.layers)} layers, the model has {model.dims.num_layers}")
+    with Sources(prepared.source.slots) as sources:
+        blocks = Blocks(prepared.source.directory, model, sources, CPU)
+        blocks.load(0)
+        check_layer(layer_digest(blocks.digests, list(layer_tensors(model, 0))), scales.layers[0], 0, path)
+    return scales
+
+
+def _mismatch(path: Path, found: str) -> InputError:
+    return InputError(
+        f"the scales in {path} do not fit: {found}",
+        code="quantize.scale-mismatch",
+        repair="make scales for this model and these options with --generate-scale --scale-output FILE",
+    )
+
+
+def write_with_text(
+    prepared: Prepared, held_out_BT: npt.NDArray[np.int32] | None, scales: Scales | None, sources: Sources,
+    shards: Shards, journal: Journal, promised: Manifest | None, reporter: Reporter,
+) -> Outcome:  # fmt: skip
+    """Run pass 2 in torch; held-out text, where there is any, through the original and the result side by side."""
+    job, source, model = prepared.job, prepared.source, prepared.source.model
+    _set_threads(job.threads)
+    blocks = Blocks(source.directory, model, sources, CPU)
+    floats = fallback.choose(model, scales.layers, job.fallback_budget) if scales and job.fallback_budget else {}
+    strength = job.strength if job.scale_input is not None else None
+    target = Target(prepared.scheme, prepared.format, prepared.scale_dtype, floats, strength)
+    streams = _streams(blocks, held_out_BT, journal)
+
+    def make(number: int, parts: Mapping[str, Part]) -> tuple[dict[str, Any], dict[str, Any]]:
+        layer = blocks.load(number - 1)
+        digests = {name: blocks.digests[name] for name in parts}
+        check_source(digests, promised, source)
+        own: LayerScales | None = None
+        if scales is not None:
+            own = scales.layers[number - 1]
+            check_layer(layer_digest(digests, list(parts)), own, number - 1, job.scale_input or "the journal")
+        made = apply_layer(blocks, layer, own, target, streams)
+        entries = shards.write(number, made.pieces)
+        states = {} if streams is None else {name: getattr(streams, name).numpy() for name in STREAMS}
+        return {"entries": [list(entry) for entry in entries], "sources": digests, "layer": made.facts}, states
+
+    written = write_units(source, sources, shards, journal, promised, make, reporter)
+    whole = None
+    if streams is not None:
+        assert held_out_BT is not None
+        reporter.start("comparing predictions", 1, "models")
+        whole = whole_model(blocks, streams.original, streams.quantized, held_out_BT)
+        reporter.advance(1)
+        reporter.finish()
+    return Outcome(written, whole, floats)
+
+
+def _streams(blocks: Blocks, held_out_BT: npt.NDArray[np.int32] | None, journal: Journal) -> Streams | None:
+    if held_out_BT is None:
+        return None
+    if journal.has_states:
+        states = journal.states()
+        return Streams(torch.from_numpy(states["original"]), torch.from_numpy(states["quantized"]))
+    embedded = blocks.embed(held_out_BT)
+    return Streams(embedded, embedded.clone())
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)

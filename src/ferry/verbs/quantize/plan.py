@@ -1,0 +1,139 @@
+"""What `ferry quantize` would do: everything is decided, checked and refused here, from headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from ferry.core.dtypes import num_bytes
+from ferry.core.errors import ConfigError, OutputError, UnavailableError
+from ferry.core.family import QUERY
+from ferry.core.plan import Plan, PlannedFile
+from ferry.core.quantized import Scheme
+from ferry.core.staging import check_apart, check_target
+from ferry.formats.checkpoint import Checkpoint
+from ferry.formats.fingerprint import content_id
+from ferry.formats.hf import missing_assets, open_hf
+from ferry.formats.quantized import FORMATS
+from ferry.formats.quantized_format import Format
+from ferry.verbs.quantize import preflight
+from ferry.verbs.quantize.config import QuantizeConfig
+from ferry.verbs.quantize.job import Job
+from ferry.verbs.quantize.manual import resolve
+from ferry.verbs.quantize.repack import plan_repack
+from ferry.verbs.quantize.shards import Shards
+from ferry.verbs.quantize.unquantize import plan_dequantize
+from ferry.verbs.quantize.writing import check_float, units
+
+NAMES = {"smoothquant": "SmoothQuant", "awq": "AWQ", "rtn": "round to nearest"}
+TORCH = ("torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job with its source opened and everything checked."""
+
+    job: Job
+    source: Checkpoint
+    scheme: Scheme
+    format: Format
+    scale_dtype: str
+    estimate: preflight.Estimate
+    choices: tuple[str, ...]
+
+
+def prepare(job: Job) -> Prepared:
+    """Open the source and refuse what is impossible. Writes nothing."""
+    assert job.scheme is not None
+    source = open_hf(job.model)
+    for name, spec in source.specs().items():
+        check_float(name, spec.dtype)
+    _check_places(job, source)
+    if job.fallback_budget and not (job.calibrate or job.scale_input):
+        raise ConfigError(
+            f"search.fallback_budget={job.fallback_budget}: which linears mind is seen on calibration text, which "
+            f"{job.method} does not read",
+            code="quantize.fallback",
+            repair="leave it out, or use --method smoothquant or awq",
+        )
+    if job.needs_text:
+        _require_torch()
+    format = FORMATS[job.format]
+    dtype = source.specs()[source.model.part(QUERY).name].dtype
+    scale_dtype = format.scale_dtype or dtype
+    notes = preflight.check(source.model, job)
+    estimate = preflight.estimate(source.model, job, dtype, scale_dtype)
+    notes += preflight.memory_note(estimate, preflight.available_memory_bytes())
+    lacking = missing_assets(source.assets)
+    if lacking:
+        notes += (f"missing in the source, so also in the result: {', '.join(lacking)}",)
+    if source.tied_copies:
+        notes += (f"left out, being copies of the embedding: {', '.join(source.tied_copies)}",)
+    return Prepared(job, source, job.scheme, format, scale_dtype, estimate, (*job.choices, *notes))
+
+
+def plan(config: QuantizeConfig) -> Plan:
+    """Return what `ferry quantize` would do."""
+    job = resolve(config)
+    if job.action == "dequantize":
+        return plan_dequantize(config)
+    if job.action == "repack":
+        return plan_repack(config)
+    prepared = prepare(job)
+    source = prepared.source
+    files: tuple[PlannedFile, ...] = ()
+    if job.write:
+        assert job.output is not None
+        parts = units(source, prepared.scheme, prepared.format, prepared.scale_dtype)
+        shards = Shards(job.output, parts, job.max_shard_size)
+        files = tuple(PlannedFile(name, 0) for name in shards.names)
+    specs = source.specs().values()
+    return Plan(
+        verb="quantize",
+        summary=f"{NAMES[job.method]} {prepared.scheme.name} as {job.format}: {source.model.family.name}, "
+        f"{source.model.dims.num_layers} layers" + ("" if job.write else " (scales only)"),
+        inputs={"model": content_id(source)}
+        | {f"text {number}": str(path) for number, path in enumerate(job.text.data)},
+        output=str(job.output or job.scale_output),
+        files=files,
+        read_bytes=sum(num_bytes(spec.dtype, (spec.rows, spec.cols)) for spec in specs),
+        write_bytes=prepared.estimate.disk_bytes,
+        memory_bytes=prepared.estimate.peak_memory_bytes,
+        choices=prepared.choices,
+        details={
+            "method": job.method,
+            "scheme": prepared.scheme._asdict(),
+            "format": job.format,
+            "strength": job.strength,
+            "fallback_budget": job.fallback_budget,
+            "calibrate": job.calibrate,
+            "evaluate": job.evaluate,
+            "windows": [job.text.num_windows, job.text.window_tokens, job.text.num_held_out],
+        },
+    )
+
+
+def _check_places(job: Job, source: Checkpoint) -> None:
+    if job.write:
+        assert job.output is not None
+        check_apart(job.output, source.directory, job.scale_input)
+        check_target(job.output, overwrite=job.overwrite)
+    if job.scale_output is not None:
+        if job.scale_output.is_dir():
+            raise OutputError(
+                f"{job.scale_output} is a directory, expected the name of a file",
+                code="output.exists",
+                repair=f"say {job.scale_output / 'scales.safetensors'}",
+            )
+        check_apart(job.scale_output, source.directory)
+        check_target(job.scale_output, overwrite=job.overwrite)
+
+
+def _require_torch() -> None:
+    missing = [name for name in TORCH if find_spec(name) is None]
+    if missing:
+        raise UnavailableError(
+            f"running text through a model needs {' and '.join(missing)}",
+            code="quantize.torch",
+            repair="pip install 'llmferry[quantize]', or use --method rtn without text",
+        )

@@ -1,0 +1,177 @@
+"""`ferry quantize`: scales from text (pass 1), the quantized model and its proof (pass 2), the manifest, then visible.
+
+Both passes keep a journal beside the output, so that a killed run goes on with the block it was at. torch is imported
+only where text runs through the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ferry import __version__
+from ferry.core.gather import Sources
+from ferry.core.layout import Part
+from ferry.core.progress import Reporter
+from ferry.core.staging import StagedDirectory
+from ferry.core.verb import Result
+from ferry.data.windows import Windows, windows
+from ferry.formats.fingerprint import content_id, manifest_of
+from ferry.verbs.quantize.config import QuantizeConfig
+from ferry.verbs.quantize.job import Job
+from ferry.verbs.quantize.journal import Journal
+from ferry.verbs.quantize.manual import resolve
+from ferry.verbs.quantize.outcome import Outcome, finish
+from ferry.verbs.quantize.plan import Prepared, prepare
+from ferry.verbs.quantize.repack import repack
+from ferry.verbs.quantize.shards import Shards
+from ferry.verbs.quantize.unquantize import dequantize
+from ferry.verbs.quantize.writing import round_layer, units, write_units
+
+if TYPE_CHECKING:
+    from ferry.verbs.quantize.scales import Scales
+
+
+def run(config: QuantizeConfig, reporter: Reporter) -> Result:
+    """Do what the options say, and return where the result is and how far it is from the original."""
+    job = resolve(config)
+    if job.action == "dequantize":
+        return dequantize(config, reporter)
+    if job.action == "repack":
+        return repack(config, reporter)
+    prepared = prepare(job)
+    for choice in prepared.choices:
+        reporter.event("choice", text=choice)
+    text = _text(prepared, reporter) if job.needs_text else None
+    if not job.write:
+        assert job.scale_output is not None
+        journal = _hidden(job.scale_output)
+        scales = _scales(prepared, text, journal, reporter)
+        shutil.rmtree(journal, ignore_errors=True)
+        return {
+            "action": "scales", "artifact": None, "scales": str(job.scale_output), "passed": True, "proof": None,
+            "about": scales.about, "choices": list(prepared.choices), "changes": [],
+        }  # fmt: skip
+    return _quantize(prepared, text, config, reporter)
+
+
+def _hidden(target: Path) -> Path:
+    return target.parent / f".{target.name}.ferry-journal"
+
+
+def _quantize(prepared: Prepared, text: Windows | None, config: QuantizeConfig, reporter: Reporter) -> Result:
+    job, source = prepared.job, prepared.source
+    assert job.output is not None
+    need_bytes = prepared.estimate.disk_bytes
+    hidden = _hidden(job.output)
+    with StagedDirectory(job.output, need_bytes=need_bytes, overwrite=job.overwrite, keeps=True) as staged:
+        try:
+            scales = _scales(prepared, text, hidden, reporter) if job.calibrate or job.scale_input else None
+            parts = units(source, prepared.scheme, prepared.format, prepared.scale_dtype)
+            shards = Shards(staged.work, parts, job.max_shard_size)
+            identity = _identity(prepared, text, _pass_2(job, scales))
+            journal = Journal(hidden / "pass-2", identity)
+            if not journal.num_done:
+                staged.clear()
+                staged.work.mkdir()
+            else:
+                reporter.event("resumed", units=journal.num_done)
+            with Sources(source.slots) as sources:
+                outcome = _write(prepared, text, scales, sources, shards, journal, reporter)
+            result = finish(prepared, config, outcome, shards, staged.work, text, scales, reporter)
+            staged.commit()
+        except Exception as error:
+            if not isinstance(error, OSError):
+                shutil.rmtree(hidden, ignore_errors=True)
+            raise
+    shutil.rmtree(hidden, ignore_errors=True)
+    reporter.event("written", artifact=str(job.output), bytes=result["bytes"], model_sha256=result["model_sha256"])
+    return result
+
+
+def _write(
+    prepared: Prepared, text: Windows | None, scales: Scales | None, sources: Sources, shards: Shards, journal: Journal,
+    reporter: Reporter,
+) -> Outcome:  # fmt: skip
+    """Run pass 2, with text through both models where there is text or there are scales."""
+    source, job = prepared.source, prepared.job
+    promised = manifest_of(source.directory)
+    if scales is None and not job.evaluate:
+
+        def round_one(number: int, parts: Mapping[str, Part]) -> tuple[dict[str, Any], dict[str, Any]]:
+            line = round_layer(
+                number, parts, sources, shards, source, prepared.scheme, prepared.format, prepared.scale_dtype, promised
+            )
+            return line, {}
+
+        return Outcome(write_units(source, sources, shards, journal, promised, round_one, reporter), None, {})
+    from ferry.verbs.quantize.passes import write_with_text
+
+    held_out_BT = text.held_out_BT if text is not None and job.evaluate else None
+    return write_with_text(prepared, held_out_BT, scales, sources, shards, journal, promised, reporter)
+
+
+def _scales(prepared: Prepared, text: Windows | None, hidden: Path, reporter: Reporter) -> Scales:
+    """Return the scales of pass 1, or those of the file that was given."""
+    from ferry.verbs.quantize.passes import make_scales, scales_of_file
+
+    job = prepared.job
+    if job.scale_input is not None:
+        return scales_of_file(prepared, job.scale_input, text)
+    assert text is not None
+    identity = _identity(prepared, text, {"pass": 1, "method": job.method, "strength": job.strength})
+    scales = make_scales(prepared, text, Journal(hidden / "pass-1", identity), reporter)
+    if job.scale_output is not None:
+        job.scale_output.parent.mkdir(parents=True, exist_ok=True)
+        scales.write(job.scale_output)
+        reporter.event("written", scales=str(job.scale_output))
+    return scales
+
+
+def _pass_2(job: Job, scales: Scales | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"pass": 2, "method": job.method, "strength": job.strength, "format": job.format}
+    found |= {"budget": job.fallback_budget, "evaluate": job.evaluate, "shards": job.max_shard_size}
+    if scales is not None:
+        found |= {"about": scales.about, "scales": [layer.facts for layer in scales.layers]}
+    return found
+
+
+def _identity(prepared: Prepared, text: Windows | None, decided: dict[str, Any]) -> str:
+    """Return a digest of all that decides what a pass makes: a journal of another one is of no use."""
+    from os import cpu_count
+
+    document = {
+        "version": __version__,
+        "source": content_id(prepared.source),
+        "scheme": prepared.scheme._asdict(),
+        "scale_dtype": prepared.scale_dtype,
+        "text": [text.sha256, text.held_out_sha256] if text is not None else [],
+        "threads": prepared.job.threads or cpu_count(),
+        **decided,
+    }
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _text(prepared: Prepared, reporter: Reporter) -> Windows:
+    """Return the windows of tokens, made in a process of its own: a tokenizer and its text need not stay in memory."""
+    job = prepared.job
+    calibrates = job.calibrate or (job.scale_input is not None and bool(job.text.data))
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        waiting = pool.submit(
+            windows,
+            job.text,
+            prepared.source.directory,
+            vocab_size=prepared.source.model.dims.vocab_size,
+            calibrate=calibrates,
+            evaluate=job.evaluate,
+        )
+        found = waiting.result()
+    for choice in found.choices:
+        reporter.event("choice", text=choice)
+    return found
