@@ -95,7 +95,7 @@ class Place(NamedTuple):
 def prepare(place: Place, name: str) -> None:
     """Make a model and its windows where they are missing."""
     models.make(name, place.model(name))
-    if not place.windows(name).exists() and (place.model(name) / "tokenizer.json").exists():
+    if not place.windows(name).exists():
         words = [place.model(name), place.data, place.windows(name)]
         subprocess.run([sys.executable, str(HERE / "windows.py"), *map(str, words)], check=True)
 
@@ -103,9 +103,8 @@ def prepare(place: Place, name: str) -> None:
 def command(place: Place, job: Job, name: str, output: Path) -> list[str]:
     if job.tool == "llmcompressor":
         python = place.environment(job.tool) / "bin/python"
-        windows = place.windows(name) if place.windows(name).exists() else "16x512"
         method, *rest = job.words
-        words = [method, place.model(name), windows, output, *rest, "--threads", place.threads]
+        words = [method, place.model(name), place.windows(name), output, *rest, "--threads", place.threads]
         return [str(python), str(HERE / "peers/llm_compressor.py"), *map(str, words)]
     words = ["-m", "ferry", "quantize", place.model(name), "--output", output, *job.words, "--overwrite", "--json"]
     if job.words[1] != "rtn":
@@ -148,12 +147,17 @@ def run(place: Place, job: Job, name: str) -> dict[str, Any]:
 
 
 def judge(place: Place, name: str, rows: list[dict[str, Any]]) -> None:
-    """Add to every row what the judge says of its output. A model that cannot be loaded is a result too."""
+    """Add to every row what the judge says of its output. A model that cannot be loaded is a result too.
+
+    The judge runs in llm-compressor's environment: transformers 5.23 cannot load zero points as compressed-tensors
+    packs them, 5.17 can.
+    """
     for row in rows:
         if "failed" in row:
             continue
         words = [HERE / "evaluate.py", place.model(name), place.windows(name), row["output"]]
-        done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False)
+        python = str(place.environment("llmcompressor") / "bin/python")
+        done = subprocess.run([python, *map(str, words)], capture_output=True, text=True, check=False)
         if done.returncode:
             row["not_loaded"] = done.stderr.strip().splitlines()[-1]
         else:
@@ -195,12 +199,14 @@ def table(rounds: list[list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def measure(place: Place, name: str, groups: dict[str, list[Job]], num_rounds: int) -> list[list[dict[str, Any]]]:
+def measure(
+    place: Place, name: str, groups: dict[str, list[Job]], num_rounds: int, judged: bool
+) -> list[list[dict[str, Any]]]:
     """Run every job of the groups in every round; judge the first round's outputs, which later rounds repeat."""
     rounds: list[list[dict[str, Any]]] = []
     for number in range(num_rounds):
         rows = [{**run(place, job, name), "group": group} for group, jobs in groups.items() for job in jobs]
-        if not number and place.windows(name).exists():
+        if not number and judged:
             judge(place, name, rows)
         rounds.append(rows)
         path = place.work / "results" / f"{name}-{'-'.join(groups)}-{place.threads}.json"
@@ -241,7 +247,7 @@ def main() -> None:
     tables = []
     for name in names:
         prepare(place, name)
-        tables.append(f"**{name}**\n\n{table(measure(place, name, groups, options.rounds))}")
+        tables.append(f"**{name}**\n\n{table(measure(place, name, groups, options.rounds, not options.memory))}")
         if options.memory:
             shutil.rmtree(place.model(name))
     print(f"{date.today()}, {hardware()['cpu']}, {os.cpu_count()} cores, {threads}, {options.rounds} rounds\n")

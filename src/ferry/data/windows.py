@@ -33,6 +33,7 @@ Int32 = npt.NDArray[np.int32]
 NUM_SNIFFED = 20
 CHARS_PER_TOKEN = 6
 """More than most text has: the first reading is then nearly always enough."""
+SLICE_CHARS = 1 << 16
 TAIL_TOKENS = 64
 """Where reading stops early, the last tokens might be others if the text went on: they are not used."""
 
@@ -185,7 +186,7 @@ def _enough(pieces: Iterator[str | Int32], needed: int, tokenizer: Any) -> Int32
     """Return the tokens of pieces, at least `needed` of them if there are so many; neighbouring texts are one text."""
     done, texts = [np.zeros(0, np.int32)], list[str]()
     num_done, num_chars, look_at = 0, 0, needed * CHARS_PER_TOKEN
-    for piece in pieces:
+    for piece in _sliced(pieces):
         if isinstance(piece, str):
             texts.append(piece)
             num_chars += len(piece)
@@ -201,6 +202,15 @@ def _enough(pieces: Iterator[str | Int32], needed: int, tokenizer: Any) -> Int32
             if num_done >= needed:
                 break
     return np.concatenate([*done, _tokenised(texts, tokenizer)])
+
+
+def _sliced(pieces: Iterator[str | Int32]) -> Iterator[str | Int32]:
+    """Give long texts in slices: of a book, only what is needed is tokenised."""
+    for piece in pieces:
+        if isinstance(piece, str):
+            yield from (piece[start : start + SLICE_CHARS] for start in range(0, len(piece), SLICE_CHARS))
+        else:
+            yield piece
 
 
 def _tokenised(texts: list[str], tokenizer: Any) -> Int32:

@@ -92,7 +92,7 @@ def write_tensors_file(
     # Wide items first: every tensor then begins at a multiple of its items.
     ordered = sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0]))
     header = make_header(((name, names[array.dtype], array.shape) for name, array in ordered), metadata or {})
-    write_file(path, b"".join([header.raw, *(np.ascontiguousarray(array).tobytes() for _, array in ordered)]))
+    write_file(path, header.raw, *(np.ascontiguousarray(array).data.cast("B") for _, array in ordered))
 
 
 def read_tensors_file(path: Path) -> dict[str, npt.NDArray[Any]]:

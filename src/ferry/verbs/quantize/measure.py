@@ -15,7 +15,8 @@ import torch
 
 from ferry.engines.blocks import Blocks
 
-HEAD_ROWS, TOKENS = 4096, 512
+HEAD_ROWS, TOKENS = 2048, 512
+"""How much of the head, and of the predictions, is in memory at once."""
 
 
 class Distance(NamedTuple):
@@ -41,12 +42,8 @@ def whole_model(
     num_windows, length = ids_BT.shape
     targets = torch.from_numpy(ids_BT[:, 1:].astype(np.int64)).reshape(-1)
     streams = [blocks.norm(stream)[:, :-1].reshape(-1, stream.shape[-1]) for stream in (original_BTH, quantized_BTH)]
-    measured = []
-    for start in range(0, len(targets), TOKENS):
-        part = slice(start, start + TOKENS)
-        measured.append(_predictions(blocks, streams[0][part], streams[1][part], targets[part]))
-    loss_original, loss, kl, same = (torch.cat(column) for column in zip(*measured, strict=True))
-    mean_original, mean = float(loss_original.mean()), float(loss.mean())
+    losses, kl, same = _predictions(blocks, streams, targets)
+    mean_original, mean = (float(loss.mean()) for loss in losses)
     return {
         "tokens": len(targets),
         "perplexity_original": math.exp(mean_original),
@@ -59,41 +56,63 @@ def whole_model(
     }
 
 
+class _Carried:
+    """What is known of the predictions [T] of one model after a part of the vocabulary."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.top = torch.full((num_tokens,), -math.inf)
+        self.total = torch.zeros(num_tokens, dtype=torch.float64)
+        self.best = torch.zeros(num_tokens, dtype=torch.int64)
+        self.target = torch.zeros(num_tokens)
+
+    def take(
+        self, part: slice, logits: torch.Tensor, row: int, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in logits [t, v] from `row` of the vocabulary on.
+
+        Return exp(logits - top), and by how much what was summed before shrinks.
+        """
+        largest, place = logits.max(dim=1)
+        top = torch.maximum(self.top[part], largest)
+        self.best[part] = torch.where(largest > self.top[part], place + row, self.best[part])
+        shrink = torch.exp((self.top[part] - top).double())
+        exponentials = torch.exp(logits - top[:, None])
+        self.total[part] = self.total[part] * shrink + exponentials.sum(dim=1, dtype=torch.float64)
+        self.top[part] = top
+        inside = (targets >= row) & (targets < row + logits.shape[1])
+        found = logits.gather(1, (targets - row).clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+        self.target[part] = torch.where(inside, found, self.target[part])
+        return exponentials, shrink
+
+    @property
+    def logsum(self) -> torch.Tensor:
+        return self.top.double() + self.total.log()
+
+    @property
+    def loss(self) -> torch.Tensor:
+        return self.logsum - self.target.double()
+
+
 @torch.inference_mode()
 def _predictions(
-    blocks: Blocks, original_TH: torch.Tensor, quantized_TH: torch.Tensor, targets_T: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    """Return the losses of both models, KL and equality of first choices [T], in float64.
+    blocks: Blocks, streams_TH: list[torch.Tensor], targets_T: torch.Tensor
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Return the losses of both models, KL, and equality of first choices [T], in float64.
 
     With p the original's probabilities and a, b both logits, KL = sum p (a - b) - logsumexp(a) + logsumexp(b): sums
     that can be carried along over parts of the vocabulary, rescaled whenever a larger logit comes.
     """
     count = len(targets_T)
-    low = torch.full((count,), -math.inf, dtype=torch.float64)
-    zero = torch.zeros(count, dtype=torch.float64)
-    places = torch.zeros(count, dtype=torch.int64)
-    tops, totals, bests, chosen = [low, low], [zero, zero], [places, places], [zero, zero]
-    weighted = zero
+    original, quantized = _Carried(count), _Carried(count)
+    weighted = torch.zeros(count, dtype=torch.float64)
     row = 0
     for head_VH in blocks.head(HEAD_ROWS):
-        parts = [(stream @ head_VH.T).double() for stream in (original_TH, quantized_TH)]
-        shares = torch.zeros(0)
-        for side, logits in enumerate(parts):
-            largest, place = logits.max(dim=1)
-            top = torch.maximum(tops[side], largest)
-            bests[side] = torch.where(largest > tops[side], place + row, bests[side])
-            shrink = torch.exp(tops[side] - top)
-            exponentials = torch.exp(logits - top[:, None])
-            totals[side] = totals[side] * shrink + exponentials.sum(dim=1)
-            tops[side] = top
-            if not side:
-                weighted, shares = weighted * shrink, exponentials
-            inside = (targets_T >= row) & (targets_T < row + len(head_VH))
-            found = logits.gather(1, (targets_T - row).clamp(0, len(head_VH) - 1)[:, None])[:, 0]
-            chosen[side] = torch.where(inside, found, chosen[side])
-        weighted = weighted + (shares * (parts[0] - parts[1])).sum(dim=1)
+        for start in range(0, count, TOKENS):
+            part = slice(start, start + TOKENS)
+            a, b = (stream[part] @ head_VH.T for stream in streams_TH)
+            shares, shrink = original.take(part, a, row, targets_T[part])
+            quantized.take(part, b, row, targets_T[part])
+            weighted[part] = weighted[part] * shrink + (shares * a.sub_(b)).sum(dim=1, dtype=torch.float64)
         row += len(head_VH)
-    logsums = [top + total.log() for top, total in zip(tops, totals, strict=True)]
-    kl = weighted / totals[0] - logsums[0] + logsums[1]
-    losses = [logsum - logit for logsum, logit in zip(logsums, chosen, strict=True)]
-    return losses[0], losses[1], kl, (bests[0] == bests[1]).double()
+    kl = weighted / original.total - original.logsum + quantized.logsum
+    return [original.loss, quantized.loss], kl, (original.best == quantized.best).double()
