@@ -61,7 +61,8 @@ def main() -> None:
     if options.method == "stream":
         from llmcompressor import model_free_ptq
 
-        model_free_ptq(str(options.model), str(options.output), "W8A8", NO_QUANTIZING, max_workers=1, device="cpu")
+        places = {"model_stub": str(options.model), "save_directory": str(options.output)}
+        model_free_ptq(**places, scheme="W8A8", ignore=NO_QUANTIZING, max_workers=1, device="cpu")
         return
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -195,12 +195,16 @@ class Blocks:
         setattr(module.get_submodule(parent), leaf, experts)
 
     @torch.inference_mode()
-    def run(self, layer: Layer, h_BTH: torch.Tensor) -> torch.Tensor:
-        """Return the output of a layer for hidden states [B, T, H], each row a text of its own."""
+    def run(self, layer: Layer, h_BTH: torch.Tensor, products: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the output of a layer for hidden states [B, T, H], each row a text of its own.
+
+        `products` is the type that matrices are multiplied in; norms and sums stay float32.
+        """
         self.decoder.layers = nn.ModuleList([layer.module])
         if self._kinds:
             self.decoder.config.layer_types = [self._kinds[layer.index]]
-        found = self.decoder(inputs_embeds=h_BTH, use_cache=False, return_dict=True)
+        with torch.autocast(self.device.type, products, enabled=products != torch.float32):
+            found = self.decoder(inputs_embeds=h_BTH, use_cache=False, return_dict=True)
         return found.last_hidden_state  # type: ignore[no-any-return]
 
     def norm(self, h_BTH: torch.Tensor) -> torch.Tensor:

@@ -45,6 +45,8 @@ class Recipe:
     scheme: Scheme
     strength: float | None
     scale_dtype: str
+    products: torch.dtype = torch.float32
+    """What the text runs through the model in: bfloat16 where the machine multiplies it in hardware."""
 
 
 def calibrate(
@@ -130,14 +132,15 @@ def _observe(
     most_rows = ROWS[recipe.scheme.bits]
     stride = max(1, len(keeping) * length // most_rows)
     seen = watch(layer, shared, stride, most_rows, sums=weights_only)
-    probe = _Probe(h_BTH[:1].clone(), h_BTH[:1])
+    before = h_BTH[:1].clone()
+    probe = _Probe(before, blocks.run(layer, before))
     watches: dict[str, Callable[[torch.Tensor], None]] = {name: item.see for name, item in seen.items()}
     with layer.watched(watches):
         for window in range(num_windows):
             for item in seen.values():
                 item.keeps = window in keeping
                 item.counts = weights_only or window not in held or num_windows == 1
-            h_BTH[window] = blocks.run(layer, h_BTH[window : window + 1])[0]
+            h_BTH[window] = blocks.run(layer, h_BTH[window : window + 1], recipe.products)[0]
     return seen, probe
 
 

@@ -17,6 +17,7 @@ from ferry.core.manifest import Manifest
 from ferry.core.progress import Reporter
 from ferry.core.smoothing import layer_tensors
 from ferry.data.windows import Windows
+from ferry.devices.device import find
 from ferry.engines.blocks import Blocks
 from ferry.verbs.quantize import fallback
 from ferry.verbs.quantize.apply import Streams, Target, apply_layer
@@ -37,7 +38,10 @@ def make_scales(prepared: Prepared, text: Windows, journal: Journal, reporter: R
     """Run pass 1."""
     job, source = prepared.job, prepared.source
     _set_threads(job.threads)
-    recipe = Recipe(job.method, prepared.scheme, job.strength, prepared.scale_dtype)
+    products = find("cpu").dtype()
+    reporter.event("choice", text=f"calibration text runs in {products.dtype}: {products.reason}")
+    dtype = torch.bfloat16 if products.dtype == "bfloat16" else torch.float32
+    recipe = Recipe(job.method, prepared.scheme, job.strength, prepared.scale_dtype, dtype)
     with Sources(source.slots) as sources:
         blocks = Blocks(source.directory, source.model, sources, CPU)
         layers = calibrate(blocks, text.calibration_BT, recipe, journal, reporter)

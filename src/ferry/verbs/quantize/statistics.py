@@ -35,7 +35,7 @@ class Seen:
 
     def see(self, x: torch.Tensor) -> None:
         """Take in the input of one run; raise InputError where it is not finite."""
-        rows_TK = x.detach().reshape(-1, x.shape[-1])
+        rows_TK = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)
         if not len(rows_TK):
             return
         magnitude = rows_TK.abs()
