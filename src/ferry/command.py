@@ -50,8 +50,7 @@ def execute(name: str, words: Sequence[str], verbs: Mapping[str, Verb] | None = 
     except FerryError as error:
         return _fail(error_json(error), as_json)
     except Stopped as stop:
-        message = f"stopped by {stop}; nothing half-made was kept"
-        return _fail({"code": "stopped", "message": message, "repair": "", "exit_status": stop.exit_status}, as_json)
+        return _fail(_stopped(stop), as_json)
     except BrokenPipeError:
         # The reader (`| head`) has gone. Without this, Python would complain once more while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -112,6 +111,14 @@ def _find(name: str, verbs: Mapping[str, Verb]) -> Verb:
             repair="flags of a verb follow it: `ferry VERB --flag`",
         )
     raise ConfigError(f"unknown verb {name!r}{near}", code="cli.unknown-verb", repair="see `ferry --help`")
+
+
+def _stopped(stop: Stopped) -> dict[str, Any]:
+    """Return the error document of a run that a signal ended."""
+    is_kept = "ferry_kept" in stop.__dict__
+    kept, repair = ("what is done is kept", "run the same command again to go on") if is_kept else ("", "")
+    message = f"stopped by {stop}; {kept or 'nothing half-made was kept'}"
+    return {"code": "stopped", "message": message, "repair": repair, "exit_status": stop.exit_status}
 
 
 def _defect(name: str, error: Exception) -> dict[str, Any]:

@@ -8,6 +8,7 @@ until the new one is complete.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -15,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 
 from ferry.core.errors import OutputError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class StagedDirectory:
@@ -88,7 +91,7 @@ class StagedDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        is_full = isinstance(error, OSError) and error.errno in (28, 122)  # ENOSPC, EDQUOT
+        is_full = isinstance(error, OSError) and error.errno in FULL
         stays = self._keeps and error is not None and (is_full or not isinstance(error, Exception))
         if not stays:
             self.clear()
@@ -97,18 +100,30 @@ class StagedDirectory:
             for path in self._made_parents:
                 if path.exists() and not any(path.iterdir()):
                     path.rmdir()
-        if is_full:
-            kept = f"what is done is in {self.work.name}" if stays else "nothing of it was kept"
-            again = ", and run the same command again" if stays else ", or choose another place"
-            raise OutputError(
-                f"the disk filled up while writing {self.target}; {kept}",
-                code="output.disk-full",
-                repair=f"free {_size(self._need_bytes)} there{again}",
-            ) from None
+        if stays:
+            say_kept(error)
+        check_full(error, self.target, kept=self.work.name if stays else "", need_bytes=self._need_bytes)
 
     def _release(self) -> None:
         self._lock_path.unlink(missing_ok=True)
         os.close(self._lock_fd)
+
+
+def check_full(error: BaseException | None, target: Path, *, kept: str = "", need_bytes: int = 0) -> None:
+    """Raise OutputError for an error that says that a disk, a quota or the largest size of a file is used up."""
+    if not isinstance(error, OSError) or error.errno not in FULL:
+        return
+    what = "a file grew beyond what the system allows" if error.errno == errno.EFBIG else "the disk filled up"
+    held = f"what is done is in {kept}" if kept else "nothing of it was kept"
+    again = ", and run the same command again" if kept else ", or choose another place"
+    room = "raise the limit (ulimit -f)" if error.errno == errno.EFBIG else f"free {_size(need_bytes)} there"
+    raise OutputError(f"{what} while writing {target}; {held}", code="output.disk-full", repair=room + again) from None
+
+
+def say_kept(error: BaseException | None) -> None:
+    """Note on what stops a run that the same command goes on from here: the command line says so."""
+    if error is not None and not isinstance(error, Exception):
+        error.__dict__["ferry_kept"] = True
 
 
 def check_target(target: Path, need_bytes: int = 0, *, overwrite: bool = False) -> None:

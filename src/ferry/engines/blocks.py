@@ -147,7 +147,8 @@ class Blocks:
         return table[torch.from_numpy(places.reshape(ids_BT.shape)).to(self.device)]
 
     def load(self, index: int) -> Layer:
-        """Return a layer with its weights."""
+        """Return a layer with its weights. The layer that ran last is let go."""
+        self.decoder.layers = nn.ModuleList()
         module = copy.deepcopy(self._layers[index])
         prefix = layer_prefix(self.model, index)
         tensors = layer_tensors(self.model, index)
@@ -207,11 +208,12 @@ class Blocks:
             found = self.decoder(inputs_embeds=h_BTH, use_cache=False, return_dict=True)
         return found.last_hidden_state  # type: ignore[no-any-return]
 
-    def norm(self, h_BTH: torch.Tensor) -> torch.Tensor:
-        """Return hidden states behind the final norm."""
+    def norm(self, h_TH: torch.Tensor) -> torch.Tensor:
+        """Return hidden states [..., H] behind the final norm. The layer that ran last is let go."""
+        self.decoder.layers = nn.ModuleList()
         self.final_norm.weight = nn.Parameter(self.tensor(self.model.part(f.FINAL_NORM)), requires_grad=False)
         with torch.inference_mode():
-            return self.final_norm(h_BTH)  # type: ignore[no-any-return]
+            return self.final_norm(h_TH)  # type: ignore[no-any-return]
 
     def head(self, num_rows: int) -> Iterator[torch.Tensor]:
         """Yield the rows of the head [V, H], so many at a time: the whole of it is often larger than a layer."""

@@ -12,7 +12,7 @@ from ferry.control.voyage.expression import judge
 from ferry.control.voyage.measuring import Cost, measured
 from ferry.control.voyage.preparing import Prepared, at_step, prepare
 from ferry.control.voyage.references import find
-from ferry.control.voyage.running import run_command, run_verb
+from ferry.control.voyage.running import Ran, run_command, run_verb
 from ferry.control.voyage.state import State
 from ferry.control.voyage.voyage import Gate, Step, Voyage
 from ferry.core.errors import ConfigError, FerryError, GateError, did_you_mean
@@ -49,7 +49,7 @@ class Journey:
         cost = Cost()
         try:
             with measured() as cost:
-                own, result, record = self._run(prepared, cost)
+                own, ran = self._run(prepared, cost)
         except BaseException as error:
             self.entries[step.name] = self._entry(prepared, cost, "failed", {}, "")
             if isinstance(error, FerryError):
@@ -58,10 +58,19 @@ class Journey:
         if not step.verb:
             # A command is told where to write, too: what it wrote is what must still be there to skip it.
             prepared = prepare(self.voyage, step, self.names, self.state)
-        entry = self._entry(prepared, cost, "done", result, record)
+        result, record, status = ran
+        entry = self._entry(prepared, cost, "failed" if status else "done", result, record)
         if isinstance(result.get("artifact"), str):
             entry["artifact"] = self.state.describe(Path(result["artifact"]))
             entry["made"] = entry["artifact"] if own else None
+        if status:
+            # Not finished, so that it is made again next time; but the report shows what it found.
+            self.entries[step.name] = entry
+            raise GateError(
+                f"step {step.name!r}: ferry {step.verb} ended with the verdict {status}",
+                code="run.verdict",
+                repair="its numbers are in the report",
+            )
         self.state.finish(step.name, entry)
         self._enter(step, entry)
         self.reporter.event("step", name=step.name, record=record, seconds=cost.seconds)
@@ -72,23 +81,23 @@ class Journey:
             if gate.after == step.name and step.name in self.entries:
                 self._judge(gate)
 
-    def _run(self, prepared: Prepared, cost: Cost) -> tuple[bool, Result, str]:
-        """Return whether the voyage made the target, the result, and the id of the run record."""
+    def _run(self, prepared: Prepared, cost: Cost) -> tuple[bool, Ran]:
+        """Return whether the voyage made the target, and what the step said."""
         step, voyage = prepared.step, self.voyage
         if not step.verb:
             log = self.state.folder / "logs" / f"{step.name}.log"
-            result = run_command(prepared, voyage.file.parent, log, cost)
+            ran = run_command(prepared, voyage.file.parent, log, cost)
             base: Path = voyage.file.parent
-            own, record = False, ""
+            own = False
         else:
             output = prepared.plan.output if prepared.plan else ""
             own = bool(output) and self.state.claim(step.name, step.verb, Path(output))
-            result, record = run_verb(prepared, f"{voyage.file.name}, step {step.name}", self.reporter)
+            ran = run_verb(prepared, f"{voyage.file.name}, step {step.name}", self.reporter)
             base = Path.cwd()
-        if isinstance(result.get("artifact"), str):
+        if isinstance(ran.result.get("artifact"), str):
             # Later steps may run in another directory.
-            result = {**result, "artifact": os.path.abspath(base / result["artifact"])}
-        return own, result, record
+            ran = ran._replace(result={**ran.result, "artifact": os.path.abspath(base / ran.result["artifact"])})
+        return own, ran
 
     def _entry(self, prepared: Prepared, cost: Cost, status: str, result: Result, record: str) -> dict[str, Any]:
         size = result.get("bytes")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ferry.control.voyage.measuring import Cost
 from ferry.control.voyage.preparing import Prepared
@@ -48,8 +48,16 @@ class StepReporter(Reporter):
         self._outer.say(text)
 
 
-def run_verb(prepared: Prepared, origin: str, reporter: Reporter) -> tuple[Result, str]:
-    """Run a verb and return its result and the id of its record ("" where none could be kept)."""
+class Ran(NamedTuple):
+    """What a step said, and of a verb the id of its record ("" where none could be kept) and its exit status."""
+
+    result: Result
+    record: str = ""
+    status: int = 0
+
+
+def run_verb(prepared: Prepared, origin: str, reporter: Reporter) -> Ran:
+    """Run a verb. A status other than 0 is its verdict on what it made or looked at: the result tells why."""
     verb = discover()[prepared.step.verb]
     assert prepared.config is not None
     origins = dict.fromkeys(prepared.told, origin)
@@ -64,12 +72,10 @@ def run_verb(prepared: Prepared, origin: str, reporter: Reporter) -> tuple[Resul
     if record is not None:
         record.close("ok", result=result)
     status = int(load(verb.exit_status)(result)) if verb.exit_status else 0
-    if status:
-        raise GateError(f"ferry {verb.name} ended with the verdict {status}", code="run.verdict")
-    return result, record.id if record else ""
+    return Ran(result, record.id if record else "", status)
 
 
-def run_command(prepared: Prepared, folder: Path, log: Path, cost: Cost) -> Result:
+def run_command(prepared: Prepared, folder: Path, log: Path, cost: Cost) -> Ran:
     """Run a command in the voyage file's folder; its stderr goes to a log, its stdout is the result."""
     words, env = prepared.told["command"], {**os.environ, **prepared.told["env"]}
     try:
@@ -85,7 +91,7 @@ def run_command(prepared: Prepared, folder: Path, log: Path, cost: Cost) -> Resu
     if status:
         ending = f"was stopped by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         raise GateError(f"{Path(words[0]).name} {ending}{_last_line(log)}", code="run.command", repair=f"see {log}")
-    return read_result(stdout.decode(errors="replace"))
+    return Ran(read_result(stdout.decode(errors="replace")))
 
 
 def _wait(child: subprocess.Popen[bytes], cost: Cost) -> tuple[bytes, int]:

@@ -20,8 +20,7 @@ from ferry.core.smoothing import Group, groups, layer_tensors
 from ferry.engines.blocks import Blocks, Layer
 from ferry.formats.quantized_format import Format
 from ferry.verbs.quantize import factors as f
-from ferry.verbs.quantize.measure import distance
-from ferry.verbs.quantize.numerics import quantized_input, rounded, squared_error
+from ferry.verbs.quantize.numerics import distance, quantized_input, rounded, squared_error
 from ferry.verbs.quantize.scales import LayerScales, clip_of_steps
 from ferry.verbs.quantize.search import weight_absmax
 from ferry.verbs.quantize.shards import Piece
@@ -75,6 +74,7 @@ def apply_layer(
     check = None
     if streams is not None and before is not None:
         check = squared_error(blocks.run(layer, before), streams.original[:1])
+        f.check_smoothed(check, layer, blocks.model)
     _round_floats(layer, blocks)
     columns = {
         part.name.removesuffix(WEIGHT): f.over_columns(factors, group)
@@ -86,7 +86,8 @@ def apply_layer(
     facts = []
     hooks: list[Callable[[], None]] = []
     for name, linear in layer.linears.items():
-        rows = seen[shared[name]].rows if seen else torch.zeros(0, linear.weight.shape[1])
+        has_rows = bool(seen) and seen[shared[name]].tokens > 0
+        rows = seen[shared[name]].rows if has_rows else torch.zeros(0, linear.weight.shape[1])
         rows = rows / columns[name] if name in columns else rows
         input_scale = _input_scale(name, kinds.get(name), columns.get(name), scales, target)
         dtype = blocks.sources.dtype(name + WEIGHT)
@@ -181,8 +182,6 @@ def _linear(
     """Quantize one weight in place of itself; return its tensors, and its line of the proof."""
     arrays = scales.arrays if scales else {}
     reason = target.floats.get(name, "")
-    if target.scheme.activations == "tensor" and input_scale is None and not reason:
-        reason = "no calibration token came here, so its input has no scale"
     wanted = rows @ weight.T
     original = weight.clone()
     if reason:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import torch
 
+from ferry.core.errors import IntegrityError
+from ferry.core.family import Model
 from ferry.core.smoothing import Group
 from ferry.engines.blocks import Layer
 from ferry.verbs.quantize.numerics import rounded
 
 SMALLEST = 1e-5
+TOLERANCE = 1e-8
+"""Of the self-check, as NMSE: float32 arithmetic in another order gives about 1e-13."""
 
 
 def smoothquant(input_absmax: torch.Tensor, weight_absmax: torch.Tensor, strength: float) -> torch.Tensor:
@@ -77,3 +81,14 @@ def fold(layer: Layer, group: Group, factors: torch.Tensor, dtype: str) -> None:
     columns = over_columns(factors, group)
     for part in group.into:
         layer.parameter(part.name)[part.row : part.row + part.rows] *= columns
+
+
+def check_smoothed(error: float, layer: Layer, model: Model) -> None:
+    """Refuse a layer whose output changed by smoothing alone (NMSE): what is folded must be the same function."""
+    if not error <= TOLERANCE:
+        raise IntegrityError(
+            f"layer {layer.index} is not the same after smoothing (NMSE {error:.1e}): the smoothing graph of the "
+            f"{model.family.name} family is wrong",
+            code="quantize.self-check",
+            repair="nothing was quantized; --method rtn does not smooth",
+        )

@@ -34,6 +34,18 @@ def choose(model: Model, layers: tuple[LayerScales, ...], budget: float) -> dict
     return found
 
 
+def unscaled(model: Model, layers: tuple[LayerScales, ...]) -> dict[str, str]:
+    """Return module -> why it stays float, for static activations: a scale of a set's input is lacking."""
+    found: dict[str, str] = {}
+    for number, scales in enumerate(layers):
+        for item in fused_sets(model, number, scales):
+            lacking = [module for module in item.modules if f"{module}.input_scale" not in scales.arrays]
+            if lacking:
+                reason = f"no calibration token came to {lacking[0]}, so its input has no scale"
+                found |= dict.fromkeys(item.modules, reason)
+    return found
+
+
 def fused_sets(model: Model, number: int, scales: LayerScales) -> list[FusedSet]:
     """Return the sets of a layer. Their error is the mean of their linears'."""
     weights = {linear.module: linear for linear in linears(model, number)}

@@ -2,8 +2,9 @@
 
 The manual's script works in two phases, and the presence of a flag decides: `--generate-scale` makes scales,
 `--quantize-model` makes the model, and granularity is per tensor unless `--per-token` and `--per-channel` are there. In
-Ferry's own form none of the first two is given: both phases run, with a scale for each token and each row. Options that
-contradict each other, or mean nothing together, are refused here.
+Ferry's own form none of the first two is given: both phases run, with a scale for each token and each row. Scales that
+are read carry the ranges they were made of, so `--smooth-strength` beside `--scale-input` makes factors anew. Options
+that contradict each other, or mean nothing together, are refused here.
 """
 
 from __future__ import annotations
@@ -137,12 +138,14 @@ def _job_of_floats(config: QuantizeConfig, model: Model) -> Job:
     evaluate = _evaluates(config, method, write, choices)
     if config.smooth_strength is not None and method != "smoothquant":
         raise _nonsense("smooth_strength", config.smooth_strength, f"{method} does not smooth by a strength")
-    if config.smooth_strength is not None and not calibrate:
-        raise _nonsense("smooth_strength", config.smooth_strength, "the scales that are read were made with their own")
     if config.data and not calibrate and not evaluate:
         raise _nonsense("data", ",".join(config.data), "nothing reads text here")
+    given = config.smooth_strength
+    if method == "smoothquant" and not calibrate and given is not None:
+        choices.append(
+            f"smoothing strength {given:g} for all layers: factors are made anew of the ranges in the scales"
+        )
     if method == "smoothquant" and calibrate:
-        given = config.smooth_strength
         choices.append(
             f"smoothing strength {given:g} for all layers, as given"
             if given is not None

@@ -7,7 +7,7 @@ and the share of equal first choices do not forgive that.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,43 +15,35 @@ import torch
 
 from ferry.engines.blocks import Blocks
 
-HEAD_ROWS, TOKENS = 2048, 512
+HEAD_ROWS, TOKENS = 2048, 256
 """How much of the head, and of the predictions, is in memory at once."""
-
-
-class Distance(NamedTuple):
-    """Squared error over squared norm (NMSE), and the cosine, of a tensor to the one it should be."""
-
-    nmse: float
-    cosine: float
-
-
-def distance(found: torch.Tensor, wanted: torch.Tensor) -> Distance:
-    """Return how far a tensor is from another one, accumulated in float64."""
-    x, y = found.reshape(-1).double(), wanted.reshape(-1).double()
-    norm, own = float(y @ y), float(x @ x)
-    if not norm:
-        return Distance(0.0 if not own else math.inf, 1.0 if not own else 0.0)
-    return Distance(float((x - y) @ (x - y)) / norm, float(x @ y) / math.sqrt(norm * own) if own else 0.0)
 
 
 def whole_model(
     blocks: Blocks, original_BTH: torch.Tensor, quantized_BTH: torch.Tensor, ids_BT: npt.NDArray[np.int32]
 ) -> dict[str, Any]:
-    """Return perplexity, KL and top-1 agreement of next-token predictions. The head is read a part at a time."""
+    """Return perplexity, KL and top-1 agreement of next-token predictions. The head is read a part at a time.
+
+    The states become normed ones, in place: there may be little room.
+    """
     num_windows, length = ids_BT.shape
-    targets = torch.from_numpy(ids_BT[:, 1:].astype(np.int64)).reshape(-1)
-    streams = [blocks.norm(stream)[:, :-1].reshape(-1, stream.shape[-1]) for stream in (original_BTH, quantized_BTH)]
-    losses, kl, same = _predictions(blocks, streams, targets)
-    mean_original, mean = (float(loss.mean()) for loss in losses)
+    for stream_BTH in (original_BTH, quantized_BTH):
+        for window in range(num_windows):
+            stream_BTH[window] = blocks.norm(stream_BTH[window])
+    # The last token of a window predicts what is not known: it is computed along, and left out.
+    targets = torch.from_numpy(np.roll(ids_BT, -1, axis=1).astype(np.int64)).reshape(-1)
+    streams = [stream_BTH.reshape(len(targets), -1) for stream_BTH in (original_BTH, quantized_BTH)]
+    found = _predictions(blocks, streams, targets)
+    loss_original, loss, kl, same = (values_T.reshape(num_windows, length)[:, :-1] for values_T in found)
+    mean_original, mean = float(loss_original.mean()), float(loss.mean())
     return {
-        "tokens": len(targets),
+        "tokens": kl.numel(),
         "perplexity_original": math.exp(mean_original),
         "perplexity": math.exp(mean),
         "perplexity_ratio": math.exp(mean - mean_original),
         "kl": float(kl.mean()),
-        "kl_by_window": kl.reshape(num_windows, length - 1).mean(dim=1).tolist(),
-        "kl_p99": float(kl.quantile(0.99)),
+        "kl_by_window": kl.mean(dim=1).tolist(),
+        "kl_p99": float(kl.reshape(-1).quantile(0.99)),
         "top1": float(same.mean()),
     }
 
@@ -96,7 +88,7 @@ class _Carried:
 @torch.inference_mode()
 def _predictions(
     blocks: Blocks, streams_TH: list[torch.Tensor], targets_T: torch.Tensor
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the losses of both models, KL, and equality of first choices [T], in float64.
 
     With p the original's probabilities and a, b both logits, KL = sum p (a - b) - logsumexp(a) + logsumexp(b): sums
@@ -115,4 +107,4 @@ def _predictions(
             weighted[part] = weighted[part] * shrink + (shares * a.sub_(b)).sum(dim=1, dtype=torch.float64)
         row += len(head_VH)
     kl = weighted / original.total - original.logsum + quantized.logsum
-    return [original.loss, quantized.loss], kl, (original.best == quantized.best).double()
+    return original.loss, quantized.loss, kl, (original.best == quantized.best).double()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 
 from ferry.core.quantized import INT4_MIDDLE, PER_TENSOR, Scheme
 from ferry.engines.modules import TORCH_DTYPES
+
+ITEMS = 1 << 18
+"""How many items are compared in float64 at once."""
 
 
 def rounded(x: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -51,10 +57,29 @@ def quantized_input(x: torch.Tensor, scheme: Scheme, input_scale: float | None =
     return (x / scales).round_().clamp_(-128, 127).mul_(scales)
 
 
+class Distance(NamedTuple):
+    """Squared error over squared norm (NMSE), and the cosine, of a tensor to the one it should be."""
+
+    nmse: float
+    cosine: float
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> Distance:
+    """Return how far a tensor is from another one, accumulated in float64."""
+    norm = own = product = error = 0.0
+    flat, right = found.reshape(-1), wanted.reshape(-1)
+    for start in range(0, len(flat), ITEMS):
+        x, y = (tensor[start : start + ITEMS].double() for tensor in (flat, right))
+        norm, own, product = norm + float(y @ y), own + float(x @ x), product + float(x @ y)
+        error += float((x - y).square_().sum())
+    if not norm:
+        return Distance(0.0 if not own else math.inf, 1.0 if not own else 0.0)
+    return Distance(error / norm, product / math.sqrt(norm * own) if own else 0.0)
+
+
 def squared_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """Return the squared error over the squared norm of what is wanted (NMSE)."""
-    norm = float(wanted.double().square().sum())
-    return float((found - wanted).double().square().sum()) / norm if norm else 0.0
+    return distance(found, wanted).nmse
 
 
 def is_per_tensor(scheme: Scheme) -> bool:

@@ -103,6 +103,8 @@ def write_with_text(
     _set_threads(job.threads)
     blocks = Blocks(source.directory, model, sources, CPU)
     floats = fallback.choose(model, scales.layers, job.fallback_budget) if scales and job.fallback_budget else {}
+    if scales and prepared.scheme.activations == "tensor":
+        floats |= fallback.unscaled(model, scales.layers)
     strength = job.strength if job.scale_input is not None else None
     target = Target(prepared.scheme, prepared.format, prepared.scale_dtype, floats, strength)
     streams = _streams(blocks, held_out_BT, journal)

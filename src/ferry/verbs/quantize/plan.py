@@ -19,6 +19,7 @@ from ferry.formats.quantized_format import Format
 from ferry.verbs.quantize import preflight
 from ferry.verbs.quantize.config import QuantizeConfig
 from ferry.verbs.quantize.job import Job
+from ferry.verbs.quantize.journal import journal_of
 from ferry.verbs.quantize.manual import resolve
 from ferry.verbs.quantize.repack import plan_repack
 from ferry.verbs.quantize.shards import Shards
@@ -126,7 +127,9 @@ def _check_places(job: Job, source: Checkpoint) -> None:
                 repair=f"say {job.scale_output / 'scales.safetensors'}",
             )
         check_apart(job.scale_output, source.directory)
-        check_target(job.scale_output, overwrite=job.overwrite)
+        # A run that was killed after its scales were made goes on: its journal is still there.
+        is_ours = journal_of(job.output if job.write and job.output else job.scale_output).exists()
+        check_target(job.scale_output, overwrite=job.overwrite or is_ours)
 
 
 def _require_torch() -> None:

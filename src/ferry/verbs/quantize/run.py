@@ -10,8 +10,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +17,21 @@ from ferry import __version__
 from ferry.core.gather import Sources
 from ferry.core.layout import Part
 from ferry.core.progress import Reporter
-from ferry.core.staging import StagedDirectory
+from ferry.core.staging import StagedDirectory, check_full, say_kept
 from ferry.core.verb import Result
-from ferry.data.windows import Windows, windows
+from ferry.data.windows import Windows
 from ferry.formats.fingerprint import content_id, manifest_of
 from ferry.verbs.quantize.config import QuantizeConfig
 from ferry.verbs.quantize.job import Job
-from ferry.verbs.quantize.journal import Journal
+from ferry.verbs.quantize.journal import Journal, journal_of
 from ferry.verbs.quantize.manual import resolve
 from ferry.verbs.quantize.outcome import Outcome, finish
 from ferry.verbs.quantize.plan import Prepared, prepare
+from ferry.verbs.quantize.reading import cut
 from ferry.verbs.quantize.repack import repack
 from ferry.verbs.quantize.shards import Shards
 from ferry.verbs.quantize.unquantize import dequantize
-from ferry.verbs.quantize.writing import round_layer, units, write_units
+from ferry.verbs.quantize.writing import entries_of, round_layer, units, write_units
 
 if TYPE_CHECKING:
     from ferry.verbs.quantize.scales import Scales
@@ -50,26 +49,40 @@ def run(config: QuantizeConfig, reporter: Reporter) -> Result:
         reporter.event("choice", text=choice)
     text = _text(prepared, reporter) if job.needs_text else None
     if not job.write:
-        assert job.scale_output is not None
-        journal = _hidden(job.scale_output)
-        scales = _scales(prepared, text, journal, reporter)
-        shutil.rmtree(journal, ignore_errors=True)
-        return {
-            "action": "scales", "artifact": None, "scales": str(job.scale_output), "passed": True, "proof": None,
-            "about": scales.about, "choices": list(prepared.choices), "changes": [],
-        }  # fmt: skip
+        return _scales_alone(prepared, text, reporter)
     return _quantize(prepared, text, config, reporter)
 
 
-def _hidden(target: Path) -> Path:
-    return target.parent / f".{target.name}.ferry-journal"
+def _scales_alone(prepared: Prepared, text: Windows | None, reporter: Reporter) -> Result:
+    """Run pass 1 and no more."""
+    job = prepared.job
+    assert job.scale_output is not None
+    hidden = journal_of(job.scale_output)
+    try:
+        scales = _scales(prepared, text, hidden, reporter)
+    except BaseException as error:
+        _drop_unless_resumable(hidden, error)
+        check_full(error, job.scale_output, kept=hidden.name, need_bytes=prepared.estimate.disk_bytes)
+        say_kept(error)
+        raise
+    shutil.rmtree(hidden, ignore_errors=True)
+    return {
+        "action": "scales", "artifact": None, "scales": str(job.scale_output), "passed": True, "proof": None,
+        "about": scales.about, "choices": list(prepared.choices), "changes": [],
+    }  # fmt: skip
+
+
+def _drop_unless_resumable(hidden: Path, error: BaseException) -> None:
+    """Remove a journal, unless the same run could come further next time: it was stopped, or a disk failed it."""
+    if isinstance(error, Exception) and not isinstance(error, OSError):
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _quantize(prepared: Prepared, text: Windows | None, config: QuantizeConfig, reporter: Reporter) -> Result:
     job, source = prepared.job, prepared.source
     assert job.output is not None
     need_bytes = prepared.estimate.disk_bytes
-    hidden = _hidden(job.output)
+    hidden = journal_of(job.output)
     with StagedDirectory(job.output, need_bytes=need_bytes, overwrite=job.overwrite, keeps=True) as staged:
         try:
             scales = _scales(prepared, text, hidden, reporter) if job.calibrate or job.scale_input else None
@@ -77,6 +90,8 @@ def _quantize(prepared: Prepared, text: Windows | None, config: QuantizeConfig, 
             shards = Shards(staged.work, parts, job.max_shard_size)
             identity = _identity(prepared, text, _pass_2(job, scales))
             journal = Journal(hidden / "pass-2", identity)
+            if not shards.hold(entries_of(journal.lines)):
+                journal.restart()
             if not journal.num_done:
                 staged.clear()
                 staged.work.mkdir()
@@ -86,9 +101,8 @@ def _quantize(prepared: Prepared, text: Windows | None, config: QuantizeConfig, 
                 outcome = _write(prepared, text, scales, sources, shards, journal, reporter)
             result = finish(prepared, config, outcome, shards, staged.work, text, scales, reporter)
             staged.commit()
-        except Exception as error:
-            if not isinstance(error, OSError):
-                shutil.rmtree(hidden, ignore_errors=True)
+        except BaseException as error:
+            _drop_unless_resumable(hidden, error)
             raise
     shutil.rmtree(hidden, ignore_errors=True)
     reporter.event("written", artifact=str(job.output), bytes=result["bytes"], model_sha256=result["model_sha256"])
@@ -162,16 +176,10 @@ def _text(prepared: Prepared, reporter: Reporter) -> Windows:
     """Return the windows of tokens, made in a process of its own: a tokenizer and its text need not stay in memory."""
     job = prepared.job
     calibrates = job.calibrate or (job.scale_input is not None and bool(job.text.data))
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        waiting = pool.submit(
-            windows,
-            job.text,
-            prepared.source.directory,
-            vocab_size=prepared.source.model.dims.vocab_size,
-            calibrate=calibrates,
-            evaluate=job.evaluate,
-        )
-        found = waiting.result()
+    found = cut(
+        job.text, prepared.source.directory, prepared.source.model.dims.vocab_size, calibrate=calibrates,
+        evaluate=job.evaluate,
+    )  # fmt: skip
     for choice in found.choices:
         reporter.event("choice", text=choice)
     return found

@@ -114,6 +114,14 @@ class Shards:
     def path(self, file: int) -> Path:
         return self.directory / self.names[file]
 
+    def hold(self, entries: Iterable[Entry]) -> bool:
+        """Say whether the files are as long as these tensors need: someone may have removed them."""
+        return all(
+            self.path(entry.file).is_file()
+            and self.path(entry.file).stat().st_size >= self.head_bytes[entry.file] + entry.end
+            for entry in entries
+        )
+
     def take_up(self, entries: Iterable[Entry]) -> None:
         """Go on behind the tensors that were written before; whatever else is in the files is cut off."""
         for entry in entries:

@@ -193,7 +193,7 @@ def write_units(
     `make_layer(unit, tensors)` writes a block and returns its line and the states behind it.
     """
     found = contents(source)
-    shards.take_up(Entry(*_typed(entry)) for line in journal.lines for entry in line["entries"])
+    shards.take_up(entries_of(journal.lines))
     reporter.start("quantizing", len(found.layers), "layers", done=max(0, min(journal.num_done - 1, len(found.layers))))
     for number in range(journal.num_done, len(found.layers) + 2):
         states: dict[str, Any] = {}
@@ -207,14 +207,13 @@ def write_units(
             states = journal.states() if journal.has_states else {}
         journal.add(line, states)
     reporter.finish()
-    written = Written()
+    written = Written(entries_of(journal.lines))
     for line in journal.lines:
-        written.entries += [Entry(*_typed(entry)) for entry in line["entries"]]
         written.sources |= line["sources"]
         written.layers += [line["layer"]] if "layer" in line else []
     return written
 
 
-def _typed(entry: list[Any]) -> list[Any]:
-    """Return an entry as JSON gives it back, its shape a tuple again."""
-    return [*entry[:2], tuple(entry[2]), *entry[3:]]
+def entries_of(lines: list[dict[str, Any]]) -> list[Entry]:
+    """Return the tensors that lines of a journal tell of; JSON makes lists of shapes."""
+    return [Entry(name, dtype, tuple(shape), *rest) for line in lines for name, dtype, shape, *rest in line["entries"]]
