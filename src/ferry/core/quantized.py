@@ -21,6 +21,8 @@ Int8 = npt.NDArray[np.int8]
 PER_ROW, PER_TENSOR = 0, -1
 INT4_MIDDLE = 8
 """The zero point of a symmetric 4-bit weight: its integers are 0 to 15."""
+ROUND_ITEMS = 1 << 18
+"""Weights that are rounded at once: 1 MB of float32."""
 
 
 class Scheme(NamedTuple):
@@ -81,33 +83,40 @@ def quantize(
 ) -> Integers:
     """Return a weight rounded to nearest (ties to even). `clip_NG` shrinks the range of each scale (1 = all of it).
 
-    8 bits are symmetric. Rows can be quantized in windows unless there is one scale for the tensor.
+    8 bits are symmetric. Rows are rounded a few at a time, so that all steps of one find its numbers in the cache.
     """
+    assert scheme.symmetric or scheme.bits == 4, "8-bit weights are symmetric"
     rows, cols = weight_NK.shape
     num_rows, num_groups = scheme.scales_shape(rows, cols)
-    grouped = weight_NK.reshape(num_rows, num_groups, -1)
-    clip = np.float32(1) if clip_NG is None else clip_NG
-    if scheme.symmetric:
-        largest = np.abs(grouped).max(axis=2) * clip
-        top = np.float32(127 if scheme.bits == 8 else 7)
-        scales = _safe(largest / top, scale_dtype)
-        values = np.rint(grouped / scales[:, :, None])
-        np.clip(values, -top - (scheme.bits == 4), top, out=values)
-        zeros = None
-        if scheme.bits == 4:
-            values += INT4_MIDDLE
-            zeros = np.full(scales.shape, INT4_MIDDLE, np.int8)
-    else:
-        assert scheme.bits == 4, "8-bit weights are symmetric"
-        low = np.minimum(grouped.min(axis=2), 0) * clip
-        high = np.maximum(grouped.max(axis=2), 0) * clip
-        scales = _safe((high - low) / np.float32(15), scale_dtype)
-        middle = np.clip(np.rint(-low / scales), 0, 15)
-        values = np.rint(grouped / scales[:, :, None]) + middle[:, :, None]
-        np.clip(values, 0, 15, out=values)
-        zeros = middle.astype(np.int8)
-    integers = values.astype(np.int8).reshape(rows, cols)
-    return Integers(scheme, integers, scales, scale_dtype, zeros, input_scale)
+    values = np.empty((rows, cols), np.int8)
+    scales = np.empty((num_rows, num_groups), np.float32)
+    zeros = np.empty((num_rows, num_groups), np.int8) if scheme.bits == 4 else None
+    step = rows if num_rows != rows else max(1, ROUND_ITEMS // cols)
+    for row in range(0, rows, step):
+        part = slice(row, row + step)
+        own = part if num_rows == rows else slice(None)
+        grouped = weight_NK[part].reshape(len(scales[own]), num_groups, -1)
+        clip = np.float32(1) if clip_NG is None else clip_NG[own]
+        low, high = grouped.min(axis=2), grouped.max(axis=2)
+        if scheme.symmetric:
+            top = np.float32(127 if scheme.bits == 8 else 7)
+            scales[own] = _safe(np.maximum(high, -low) * clip / top, scale_dtype)
+            bottom, middle = -top - (scheme.bits == 4), None
+        else:
+            low, high = np.minimum(low, 0) * clip, np.maximum(high, 0) * clip
+            scales[own] = _safe((high - low) / np.float32(15), scale_dtype)
+            middle = np.clip(np.rint(-low / scales[own]), 0, 15)
+            bottom, top = np.float32(0), np.float32(15)
+        rounded_NGK = grouped / scales[own][:, :, None]
+        np.rint(rounded_NGK, out=rounded_NGK)
+        if middle is not None:
+            rounded_NGK += middle[:, :, None]
+        np.clip(rounded_NGK, bottom, top, out=rounded_NGK)
+        if zeros is not None:
+            zeros[own] = INT4_MIDDLE if middle is None else middle
+            rounded_NGK += INT4_MIDDLE if middle is None else 0
+        values[part] = rounded_NGK.reshape(-1, cols)
+    return Integers(scheme, values, scales, scale_dtype, zeros, input_scale)
 
 
 def _safe(scales: Float32, dtype: str) -> Float32:

@@ -79,9 +79,24 @@ class Unit(NamedTuple):
         }
 
 
-def sorted_for_alignment(pieces: Iterable[Piece]) -> list[Piece]:
-    """Return pieces so that each begins at a multiple of its items: wide items first."""
-    return sorted(pieces, key=lambda piece: -ITEM_BYTES[piece.dtype])
+def sorted_for_alignment(pieces: Iterable[Piece], start: int) -> list[Piece]:
+    """Return pieces so that each begins at a multiple of its items, where the first begins at `start`.
+
+    Wide items come first; where they cannot, because an odd number of narrow ones lies before them, a piece that mends
+    that does (the one scale of a weight in bfloat16: a layer often has seven).
+    """
+    left = sorted(pieces, key=lambda piece: -ITEM_BYTES[piece.dtype])
+    found: list[Piece] = []
+    while left:
+        width = ITEM_BYTES[left[0].dtype]
+        mends = (
+            number
+            for number, piece in enumerate(left)
+            if not start % ITEM_BYTES[piece.dtype] and not (start + num_bytes(piece.dtype, piece.shape)) % width
+        )
+        found.append(left.pop(next(mends, 0) if start % width else 0))
+        start += num_bytes(found[-1].dtype, found[-1].shape)
+    return found
 
 
 class Shards:
@@ -136,7 +151,7 @@ class Shards:
         entries = []
         with open(self.path(file), "r+b" if self.path(file).exists() else "w+b") as target:
             target.seek(self.head_bytes[file] + self.ends[file])
-            for piece in sorted_for_alignment(pieces):
+            for piece in sorted_for_alignment(pieces, self.ends[file]):
                 offset, digest = self.ends[file], hashlib.sha256()
                 if offset % ITEM_BYTES[piece.dtype]:
                     raise LayoutError(

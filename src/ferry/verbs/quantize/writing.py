@@ -157,7 +157,8 @@ def round_layer(
 def _rounded(
     linear: LinearWeight, weight_NK: Any, scheme: Scheme, format: Format, scale_dtype: str
 ) -> tuple[list[Piece], float]:
-    if not np.isfinite(weight_NK).all():
+    norm = float(np.vdot(weight_NK, weight_NK))
+    if not np.isfinite(norm):
         raise InputError(
             f"{linear.name} has values that are not finite",
             code="quantize.not-finite",
@@ -168,7 +169,6 @@ def _rounded(
         Piece(name, stored.dtype, stored.shape, [stored.data])
         for name, stored in format.encode(linear.module, integers).items()
     ]
-    norm = float(np.vdot(weight_NK, weight_NK))
     difference = dequantize(integers)
     difference -= weight_NK
     return pieces, float(np.vdot(difference, difference)) / norm if norm else 0.0
