@@ -22,6 +22,7 @@ from ferry.core.safetensors import Header, make_header
 from ferry.core.writeback import Writeback
 
 INDEX = "model.safetensors.index.json"
+PT_METADATA = {"format": "pt"}
 SINGLE = "model.safetensors"
 Tensor = tuple[str, str, tuple[int, ...]]
 """Name, dtype, shape."""
@@ -40,7 +41,7 @@ def shard_headers(tensors: Sequence[Tensor], max_shard_bytes: int) -> dict[str, 
         filled += size
     total = len(shards)
     names = [f"model-{number:05}-of-{total:05}.safetensors" for number in range(1, total + 1)]
-    headers = [make_header(shard, {"format": "pt"}) for shard in shards]
+    headers = [make_header(shard, PT_METADATA) for shard in shards]
     return dict(zip(names if total > 1 else [SINGLE], headers, strict=True))
 
 

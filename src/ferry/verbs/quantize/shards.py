@@ -20,8 +20,7 @@ from ferry.core.errors import LayoutError
 from ferry.core.floats import Bytes
 from ferry.core.manifest import TensorDigest
 from ferry.core.safetensors import Header, parse_header
-from ferry.formats.hf_stream import INDEX, SINGLE
-from ferry.formats.hf_write import PT_METADATA
+from ferry.formats.hf_stream import PT_METADATA, SINGLE, index_of
 from ferry.formats.quantized_format import Typed
 
 OFFSET = 10**15
@@ -187,17 +186,9 @@ class Shards:
                 target.flush()
                 os.fsync(target.fileno())
             headers[name] = parse_header(raw, name)
-        if len(self.names) > 1:
-            (self.directory / INDEX).write_bytes(index_bytes(headers))
+        for name, data in index_of(headers).items():
+            (self.directory / name).write_bytes(data)
         return headers
-
-
-def index_bytes(headers: Mapping[str, Header]) -> bytes:
-    """Return the index that says in which file each tensor is."""
-    total = sum(header.file_bytes - header.data_start for header in headers.values())
-    weight_map = {name: file for file, header in headers.items() for name in header.tensors}
-    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return (json.dumps(document, indent=2) + "\n").encode()
 
 
 def digests_of(entries: Iterable[Entry]) -> dict[str, TensorDigest]:
