@@ -87,7 +87,7 @@ def plan(config: QuantizeConfig) -> Plan:
         assert job.output is not None
         parts = units(source, prepared.scheme, prepared.format, prepared.scale_dtype)
         shards = Shards(job.output, parts, job.max_shard_size)
-        files = tuple(PlannedFile(name, 0) for name in shards.names)
+        files = tuple(PlannedFile(name, size) for name, size in shards.expected_bytes().items())
     specs = source.specs().values()
     return Plan(
         verb="quantize",

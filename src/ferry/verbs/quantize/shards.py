@@ -52,10 +52,14 @@ class Entry(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A run of tensors written at once. `forms` are the sets of tensors it may become, each name to dtype and shape."""
+    """A run of tensors written at once: name to dtype and shape.
+
+    `forms` are the sets of tensors it may become, `expected` what it becomes if nothing falls back.
+    """
 
     name: str
     forms: tuple[Mapping[str, Typed], ...]
+    expected: Mapping[str, Typed]
 
     @property
     def max_bytes(self) -> int:
@@ -124,6 +128,13 @@ class Shards:
                 items |= unit.header_items()
         length = len(json.dumps(items, separators=(",", ":"), ensure_ascii=False).encode())
         return 8 + length + -length % 8
+
+    def expected_bytes(self) -> dict[str, int]:
+        """Return the size of each file if nothing falls back."""
+        sizes = dict(zip(self.names, self.head_bytes, strict=True))
+        for unit, file in zip(self.units, self.file_of, strict=True):
+            sizes[self.names[file]] += sum(num_bytes(*typed) for typed in unit.expected.values())
+        return sizes
 
     def path(self, file: int) -> Path:
         return self.directory / self.names[file]

@@ -67,14 +67,18 @@ def units(source: Checkpoint, scheme: Scheme, format: Format, scale_dtype: str) 
     def floats(parts: Mapping[str, Part]) -> dict[str, Typed]:
         return {name: (specs[name].dtype, whole(part).shape) for name, part in parts.items()}
 
-    made = [Unit("before the blocks", (floats(found.before),))]
+    before = floats(found.before)
+    made = [Unit("before the blocks", (before,), before)]
     for number, parts in enumerate(found.layers):
         stored: dict[str, Typed] = {}
         for linear in linears(source.model, number):
             stored |= format.stored(linear.module, linear.rows, linear.cols, scheme, scale_dtype)
-        made.append(Unit(f"block {number}", (floats(parts), stored)))
+        weights = {linear.name for linear in linears(source.model, number)}
+        kept = {name: typed for name, typed in floats(parts).items() if name not in weights}
+        made.append(Unit(f"block {number}", (floats(parts), stored), kept | stored))
     carried = {name: (dtype, shape) for name, (dtype, shape, _) in source.carried.items()}
-    made.append(Unit("behind the blocks", (floats(found.behind), carried)))
+    behind = floats(found.behind) | carried
+    made.append(Unit("behind the blocks", (behind,), behind))
     return made
 
 
