@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from ferry.core.family import EMBEDDING
 from ferry.core.layout import Slot
@@ -22,7 +23,15 @@ def manifest_of(directory: Path) -> Manifest | None:
     return read_manifest(directory) if (directory / MANIFEST_NAME).is_file() else None
 
 
-def content_id(checkpoint: Checkpoint) -> str:
+class Located(Protocol):
+    """A checkpoint of any kind: where it lies, and which bytes of its files are tensors."""
+
+    @property
+    def directory(self) -> Path: ...
+    def payload_ranges(self) -> dict[Path, tuple[tuple[int, int], ...]]: ...
+
+
+def content_id(checkpoint: Located) -> str:
     """Return the manifest's id, or one made of the weight files' names, sizes and times where there is none."""
     manifest = manifest_of(checkpoint.directory)
     if manifest is not None:

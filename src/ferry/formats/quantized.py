@@ -28,7 +28,6 @@ from ferry.core.safetensors import read_header
 from ferry.families.registry import model_of, read_config
 from ferry.formats import ascend, awq, compressed_tensors
 from ferry.formats.checkpoint import Assets, payload_ranges
-from ferry.formats.fingerprint import manifest_of
 from ferry.formats.hf import Found, as_part, find_assets
 from ferry.formats.quantized_format import Declared, Description, Format, Stored, Typed
 
@@ -196,15 +195,6 @@ def integers_sha256(checkpoint: QuantizedCheckpoint) -> str:
     for module in checkpoint.schemes:
         total.add(module, checkpoint.integers(module))
     return total.hexdigest()
-
-
-def content_id(checkpoint: QuantizedCheckpoint) -> str:
-    """Return the manifest's id, or one made of the weight files' names, sizes and times where there is none."""
-    manifest = manifest_of(checkpoint.directory)
-    if manifest is not None:
-        return manifest.id
-    stats = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.payload_ranges())
-    return "stat:" + hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def _is_linear(model: Model, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from ferry.core.errors import InputError
+from ferry.core.family import EMBEDDING, FINAL_NORM, HEAD
 from ferry.core.gather import Sources
 from ferry.core.layout import Part
 from ferry.core.manifest import Manifest
@@ -128,9 +130,23 @@ def write_with_text(
         assert held_out_BT is not None
         reporter.start("comparing predictions", 1, "models")
         whole = whole_model(blocks, streams.original, streams.quantized, held_out_BT)
+        _check_predictions(whole, prepared)
         reporter.advance(1)
         reporter.finish()
     return Outcome(written, whole, floats)
+
+
+def _check_predictions(whole: dict[str, Any], prepared: Prepared) -> None:
+    """Refuse an original whose layers are sound and whose predictions are not: its last weights are damaged."""
+    if not math.isfinite(whole["perplexity_original"]):
+        model = prepared.source.model
+        last = [model.part(role).name for role in (FINAL_NORM, HEAD if model.has(HEAD) else EMBEDDING)]
+        raise InputError(
+            f"the predictions of {prepared.source.directory} itself are not finite on this text: {' or '.join(last)} "
+            "has NaN or infinite values",
+            code="quantize.not-finite",
+            repair="is the model whole? `ferry verify` tells; is its dtype wide enough? `ferry inspect` tells",
+        )
 
 
 def _streams(blocks: Blocks, held_out_BT: npt.NDArray[np.int32] | None, journal: Journal) -> Streams | None:

@@ -27,10 +27,10 @@ from ferry.core.quantized import Integers
 from ferry.core.safetensors import Header
 from ferry.core.staging import StagedDirectory, check_apart, check_target
 from ferry.core.verb import Result
-from ferry.formats.fingerprint import file_digests, file_sha256, manifest_of
+from ferry.formats.fingerprint import content_id, file_digests, file_sha256, manifest_of
 from ferry.formats.hf import as_part
 from ferry.formats.hf_stream import INDEX, index_of, write_tensors
-from ferry.formats.quantized import WINDOW_BYTES, QuantizedCheckpoint, content_id
+from ferry.formats.quantized import WINDOW_BYTES, QuantizedCheckpoint
 from ferry.formats.quantized_format import Stored
 
 INTERPRETER_BYTES = 60_000_000

@@ -14,9 +14,9 @@ from ferry.core.manifest import Manifest, TensorDigest
 from ferry.core.plan import Plan
 from ferry.core.progress import Reporter
 from ferry.core.verb import Result
-from ferry.formats.fingerprint import manifest_of
+from ferry.formats.fingerprint import content_id, manifest_of
 from ferry.formats.opening import open_promised_quantized
-from ferry.formats.quantized import QuantizedCheckpoint, content_id, format_of
+from ferry.formats.quantized import QuantizedCheckpoint, format_of
 from ferry.verbs.verify.comparing import compare_files, compare_tensors, refuse_problems
 from ferry.verbs.verify.config import VerifyConfig
 
