@@ -43,7 +43,7 @@ clean:
 	touch $@
 
 .venv/demo.stamp: .venv/torch.stamp pyproject.toml
-	$(PIP) --group demo --editable ".[pull,train]"
+	$(PIP) --group demo --editable ".[pull,train,quantize]"
 	touch $@
 
 .venv/dev.stamp: .venv/demo.stamp

@@ -93,8 +93,11 @@ class Place(NamedTuple):
 
 
 def prepare(place: Place, name: str) -> None:
-    """Make a model and its windows where they are missing."""
-    models.make(name, place.model(name))
+    """Make a model and its windows where they are missing.
+
+    In a process of its own: the peak memory of a child counts what its parent held when it was started.
+    """
+    subprocess.run([sys.executable, str(HERE / "models.py"), name, str(place.model(name))], check=True)
     if not place.windows(name).exists():
         words = [place.model(name), place.data, place.windows(name)]
         subprocess.run([sys.executable, str(HERE / "windows.py"), *map(str, words)], check=True)
@@ -157,7 +160,8 @@ def judge(place: Place, name: str, rows: list[dict[str, Any]]) -> None:
             continue
         words = [HERE / "evaluate.py", place.model(name), place.windows(name), row["output"]]
         python = str(place.environment("llmcompressor") / "bin/python")
-        done = subprocess.run([python, *map(str, words)], capture_output=True, text=True, check=False)
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run([python, *map(str, words)], env=one_thread, capture_output=True, text=True, check=False)
         if done.returncode:
             row["not_loaded"] = done.stderr.strip().splitlines()[-1]
         else:
@@ -170,8 +174,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def table(rounds: list[list[dict[str, Any]]]) -> str:
-    """One line a job: medians over rounds (least-most); KL and CPU over the first job's of its group, that is the
-    peer's, round by round."""
+    """One line a job: medians over rounds (least-most); KL and CPU over the peer's, the first of its group."""
     lines = [
         "| quantizer | KL | over the peer's | KL p99 | top-1 | perplexity | CPU s | over the peer's | wall s | "
         "peak RSS MiB | weights MB |",
@@ -180,18 +183,20 @@ def table(rounds: list[list[dict[str, Any]]]) -> str:
     for number, first in enumerate(rounds[0]):
         found = [each[number] for each in rounds]
         peers = [next(row for row in each if row["group"] == first["group"]) for each in rounds]
+        compared = not peers[0]["title"].startswith("Ferry")
         if problem := first.get("failed"):
             lines.append(f"| {first['title']} | failed: {problem} " + "| " * 9 + "|")
             continue
         cells = [first["title"]]
         if "kl" in first:
-            ratio = first["kl"] / peers[0]["kl"] if "kl" in peers[0] else float("nan")
-            cells += [f"{first['kl']:.4f}", f"{ratio:.2f}", f"{first['kl_p99']:.3f}", f"{100 * first['top1']:.1f} %"]
+            ratio = f"{first['kl'] / peers[0]['kl']:.2f}" if compared and "kl" in peers[0] else ""
+            cells += [f"{first['kl']:.4f}", ratio, f"{first['kl_p99']:.3f}", f"{100 * first['top1']:.1f} %"]
             cells += [f"{first['perplexity']:.2f}"]
         else:
             cells += [first.get("not_loaded", ""), "", "", "", ""]
         cells.append(spread([row["cpu_s"] for row in found], 1))
-        cells.append(spread([row["cpu_s"] / peer["cpu_s"] for row, peer in zip(found, peers, strict=True)], 2))
+        ratios = [row["cpu_s"] / peer["cpu_s"] for row, peer in zip(found, peers, strict=True)]
+        cells.append(spread(ratios, 2) if compared else "")
         cells.append(spread([row["wall_s"] for row in found], 1))
         cells.append(f"{statistics.median(row['peak_rss_mib'] for row in found):,.0f}")
         cells.append(f"{first['output_bytes'] / 1e6:.0f}")
@@ -206,12 +211,13 @@ def measure(
     rounds: list[list[dict[str, Any]]] = []
     for number in range(num_rounds):
         rows = [{**run(place, job, name), "group": group} for group, jobs in groups.items() for job in jobs]
-        if not number and judged:
-            judge(place, name, rows)
         rounds.append(rows)
         path = place.work / "results" / f"{name}-{'-'.join(groups)}-{place.threads}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(rounds, indent=1), encoding="utf-8")
+        if not number and judged:
+            judge(place, name, rows)
+            path.write_text(json.dumps(rounds, indent=1), encoding="utf-8")
         print(f"{name}: round {number + 1} of {num_rounds}, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
     return rounds
 

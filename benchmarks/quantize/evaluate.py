@@ -23,7 +23,11 @@ Facts = dict[str, object]
 
 
 def load(path: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    """Load a model; refuse one of which transformers did not find every weight, or not every weight a place."""
+    model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    if lost := sorted([*found["missing_keys"], *found["unexpected_keys"]]):
+        raise SystemExit(f"transformers has no place or no weight for {len(lost)} tensors, such as {lost[0]}")
+    return model.eval()
 
 
 def compare(original: PreTrainedModel, quantized: PreTrainedModel, windows: list[list[int]]) -> Facts:

@@ -19,8 +19,9 @@ DEMO = Path(__file__).parents[2] / "examples" / "demo.yaml"
 STEPS = [
     "model", "look", "ask-before", "shards", "verify-shards", "reshard", "back", "verify-back", "ask-after", "text",
     "perplexity-before", "train", "train-pp2", "same-losses", "perplexity-after", "verify-merged", "ask-trained",
+    "quantized", "verify-quantized", "ask-quantized", "perplexity-quantized",
 ]  # fmt: skip
-TRAINED = {"train", "train-pp2", "verify-merged"}
+CHANGED = {"train", "train-pp2", "verify-merged", "quantized", "verify-quantized"}
 """Steps whose model is another one, and says so."""
 
 
@@ -46,10 +47,10 @@ def test_a_real_model_goes_to_megatron_shards_and_comes_home_bit_for_bit(
     steps = {entry["name"]: entry for entry in result["steps"]}
     assert list(steps) == STEPS
     assert {entry["status"] for entry in steps.values()} == {"done"}
-    fingerprints = {entry["result"].get("model_sha256") for name, entry in steps.items() if name not in TRAINED}
+    fingerprints = {entry["result"].get("model_sha256") for name, entry in steps.items() if name not in CHANGED}
     assert fingerprints - {None} == {SMOLLM2_SHA256}
     assert "Paris" in steps["ask-after"]["result"]["answer"]
-    assert len(result["gates"]) == 12
+    assert len(result["gates"]) == 16
     assert all(gate["holds"] for gate in result["gates"])
 
 
@@ -62,6 +63,19 @@ def test_the_fine_tuning_learns_and_is_the_same_on_two_layouts(output: Path, smo
     # transformers, on its own, finds the loss on the held-out rows that Ferry's validation found.
     judged = math.log(steps["perplexity-before"]["perplexity"])
     assert abs(judged - steps["train"]["validation_loss_before"]) < 1e-4
+
+
+def test_the_quantized_model_answers_and_transformers_finds_it_as_near_as_its_proof_says(
+    output: Path, smollm2: Path, test_cache: Path
+) -> None:
+    steps = {entry["name"]: entry["result"] for entry in run(output, test_cache / "home")["steps"]}
+    made, judged = steps["quantized"], steps["perplexity-quantized"]
+    assert made["passed"]
+    assert made["bytes"] < 0.65 * made["bytes_original"]
+    assert steps["ask-quantized"]["answer"]
+    # Other text and another judge: the same order of magnitude, and neither of them nothing.
+    assert 0.1 * made["kl"] < judged["kl"] < 10 * made["kl"]
+    assert judged["perplexity_original"] == pytest.approx(steps["perplexity-after"]["perplexity"], rel=1e-6)
 
 
 def test_the_second_voyage_makes_nothing_again(output: Path, smollm2: Path, test_cache: Path) -> None:
@@ -82,11 +96,14 @@ def test_the_report_shows_everything_and_needs_nothing_else(output: Path) -> Non
         "logits equal bit for bit",
         "loss by step",
         "held-out perplexity after",
+        "KL to the original",
         "steps.back.model_sha256 == steps.model.model_sha256",
         "model.layers.29.mlp.down_proj.weight",
         *STEPS,
     ):
         assert text in page
     assert "<script" not in page
-    assert not re.search(r"""(src|href)\s*=|url\((?!#)|@import""", page)
+    own_page = 'href="quantized/quantization.html"'
+    assert own_page in page
+    assert not re.search(r"""(src|href)\s*=|url\((?!#)|@import""", page.replace(own_page, ""))
     assert str(output) not in page

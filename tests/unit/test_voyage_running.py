@@ -122,6 +122,29 @@ def test_a_command_that_fails_stops_the_voyage(
     assert yard.times("two") == 0
 
 
+def test_a_model_beyond_its_limits_stops_the_voyage_is_in_the_report_and_is_made_again(
+    yard: Yard, smollm2: Path
+) -> None:
+    from training import tiny
+
+    model = str(tiny("Llama", smollm2, yard.top / "model", num_hidden_layers=1))
+    text = yard.top / "text.txt"
+    text.write_text(" ".join(str(number) for number in range(200)))
+    told = {"model": model, "method": "rtn", "evaluation": str(text), "output": "${output}/small", "seq_len": 16}
+    step = {"name": "small", "verb": "quantize", "with": {**told, "limits": {"max_kl": 1e-9}}}
+    yard.write(step, yard.counting("two"))
+    with pytest.raises(GateError, match="step 'small': ferry quantize ended with the verdict 1; its numbers are in"):
+        yard.run()
+    assert yard.times("two") == 0
+    page = (yard.output / "report.html").read_text()
+    assert "KL to the original" in page
+    assert "not all hold" in page
+    assert 'href="small/quantization.html"' in page
+    step["with"]["limits"] = {"max_kl": 100.0, "min_top1": 0.0, "max_perplexity_ratio": 100.0}
+    yard.write(step, yard.counting("two"))
+    assert yard.run() == {"small": "done", "two": "done"}
+
+
 def test_a_converted_model_is_skipped_replaced_when_the_config_changes_and_never_made_twice(
     yard: Yard, sailing: dict[str, Any]
 ) -> None:

@@ -33,7 +33,8 @@ def quantized_weight(
     clip: torch.Tensor | float = 1.0 if clip_NG is None else clip_NG
     if scheme.symmetric:
         top = 127.0 if scheme.bits == 8 else INT4_MIDDLE - 1.0
-        scales = _scales(grouped.abs().amax(dim=2) * clip / top, scale_dtype)[:, :, None]
+        largest = torch.maximum(grouped.amax(dim=2), -grouped.amin(dim=2))
+        scales = _scales(largest * clip / top, scale_dtype)[:, :, None]
         low = -top - (scheme.bits == 4)
         found = (grouped / scales).round_().clamp_(low, top).mul_(scales)
         return found.reshape(w_NK.shape)

@@ -105,5 +105,5 @@ def _error(
             smoothed[key] = quantized_input(reader.rows / columns, scheme, input_scale)
         found = smoothed[key] @ quantized_weight(reader.weight * columns, scheme, dtype).T
         norm = float(output.square().sum())
-        total += float((found - output).square().sum()) / norm if norm else 0.0
+        total += float(found.sub_(output).square_().sum()) / norm if norm else 0.0
     return total / max(1, len(readers))
