@@ -49,7 +49,7 @@ class Experts(nn.Module):
             if len(tokens):
                 x = h_TH[tokens]
                 y = down(self.act(gate(x)) * up(x)) * weights_Tk[tokens, places, None]
-                total_TH.index_add_(0, tokens, y)
+                total_TH.index_add_(0, tokens, y.to(total_TH.dtype))
         return total_TH
 
 
@@ -109,8 +109,8 @@ class Blocks:
         self.decoder: Any = empty_decoder(
             config,
             directory,
-            "blocks.model-code",
-            "models whose code travels with the checkpoint cannot be calibrated; --method rtn needs no code",
+            code="blocks.model-code",
+            repair="models whose code travels with the checkpoint cannot be calibrated; --method rtn needs no code",
         )
         self._layers = list(self.decoder.layers)
         self._kinds = list(getattr(config, "layer_types", None) or [])
@@ -148,7 +148,7 @@ class Blocks:
 
     def load(self, index: int) -> Layer:
         """Return a layer with its weights. The layer that ran last is let go."""
-        self.decoder.layers = nn.ModuleList()
+        self.let_go()
         module = copy.deepcopy(self._layers[index])
         prefix = layer_prefix(self.model, index)
         tensors = layer_tensors(self.model, index)
@@ -175,6 +175,10 @@ class Blocks:
             raise InputError(f"nothing is known about {', '.join(left[:3])} of this model", code="blocks.tensors")
         module.eval()
         return Layer(index, module, linears, others, experts)
+
+    def let_go(self) -> None:
+        """Hold the layer that ran last no longer."""
+        self.decoder.layers = nn.ModuleList()
 
     def _split_experts(
         self, module: nn.Module, index: int, prefix: str, tensors: dict[str, Part], linears: dict[str, nn.Linear]
@@ -210,7 +214,7 @@ class Blocks:
 
     def norm(self, h_TH: torch.Tensor) -> torch.Tensor:
         """Return hidden states [..., H] behind the final norm. The layer that ran last is let go."""
-        self.decoder.layers = nn.ModuleList()
+        self.let_go()
         self.final_norm.weight = nn.Parameter(self.tensor(self.model.part(f.FINAL_NORM)), requires_grad=False)
         with torch.inference_mode():
             return self.final_norm(h_TH)  # type: ignore[no-any-return]

@@ -22,7 +22,7 @@ def to_torch(items: Items2D, dtype: str, shape: tuple[int, ...]) -> torch.Tensor
     return flat.view(TORCH_DTYPES[dtype]).reshape(shape)
 
 
-def empty_decoder(config: Any, where: object, code: str, repair: str) -> Any:
+def empty_decoder(config: Any, where: object, *, code: str, repair: str) -> Any:
     """Return the decoder of a transformers config without weights; raise InputError where transformers has none."""
     from transformers import AutoModel
 

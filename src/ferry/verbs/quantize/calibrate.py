@@ -207,7 +207,7 @@ def _factors(
 
 def _linear(name: str, layer: Layer, seen: Seen, columns: torch.Tensor | None, recipe: Recipe, found: _Found) -> None:
     """Find what a single linear needs, and its error on the kept rows: how much it minds being quantized."""
-    rows = seen.rows if columns is None else seen.rows / columns
+    rows = seen.rows if columns is None or not len(seen.rows) else seen.rows / columns
     weight = layer.linears[name].weight.data
     clip = None
     if recipe.method == "awq" and len(rows) and seen.tokens >= LEAST_TOKENS:

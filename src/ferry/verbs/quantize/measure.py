@@ -17,6 +17,7 @@ from ferry.engines.blocks import Blocks
 
 HEAD_ROWS, TOKENS = 2048, 256
 """How much of the head, and of the predictions, is in memory at once."""
+LARGEST_LOSS = 700.0
 
 
 def whole_model(
@@ -38,14 +39,19 @@ def whole_model(
     mean_original, mean = float(loss_original.mean()), float(loss.mean())
     return {
         "tokens": kl.numel(),
-        "perplexity_original": math.exp(mean_original),
-        "perplexity": math.exp(mean),
-        "perplexity_ratio": math.exp(mean - mean_original),
+        "perplexity_original": _exponential(mean_original),
+        "perplexity": _exponential(mean),
+        "perplexity_ratio": _exponential(mean - mean_original),
         "kl": float(kl.mean()),
         "kl_by_window": kl.mean(dim=1).tolist(),
         "kl_p99": float(kl.reshape(-1).quantile(0.99)),
         "top1": float(same.mean()),
     }
+
+
+def _exponential(loss: float) -> float:
+    """Return a perplexity; infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < LARGEST_LOSS else math.inf
 
 
 class _Carried:

@@ -30,7 +30,7 @@ from ferry.verbs.quantize.outcome import Outcome
 from ferry.verbs.quantize.plan import Prepared
 from ferry.verbs.quantize.scales import LayerScales, Scales, check_layer, layer_digest, read_scales
 from ferry.verbs.quantize.shards import Shards
-from ferry.verbs.quantize.writing import check_source, write_units
+from ferry.verbs.quantize.writing import check_source, outside_sha256, write_units
 
 STREAMS = ("original", "quantized")
 CPU = torch.device("cpu")
@@ -47,11 +47,14 @@ def make_scales(prepared: Prepared, text: Windows, journal: Journal, reporter: R
     with Sources(source.slots) as sources:
         blocks = Blocks(source.directory, source.model, sources, CPU)
         layers = calibrate(blocks, text.calibration_BT, recipe, journal, reporter)
-    return Scales(_about(prepared, text), tuple(layers))
+        blocks.let_go()
+        outside = outside_sha256(source, sources)
+    return Scales(_about(prepared, text, outside), tuple(layers))
 
 
-def _about(prepared: Prepared, text: Windows) -> dict[str, Any]:
+def _about(prepared: Prepared, text: Windows, outside: str) -> dict[str, Any]:
     return {
+        "outside_sha256": outside,
         "model": prepared.source.directory.resolve().name,
         "family": prepared.source.model.family.name,
         "method": prepared.job.method,
@@ -69,22 +72,25 @@ def scales_of_file(prepared: Prepared, path: Path, text: Windows | None) -> Scal
     """Return the scales of a file; refuse those of another model, method, scheme or text."""
     scales = read_scales(path)
     model = prepared.source.model
-    wanted = {
+    if len(scales.layers) != model.dims.num_layers:
+        raise _mismatch(path, f"it has {len(scales.layers)} layers, the model has {model.dims.num_layers}")
+    wanted: dict[str, Any] = {
         "method": prepared.job.method,
         "scheme": prepared.scheme._asdict(),
         "scale_dtype": prepared.scale_dtype,
     }
     if text is not None and text.sha256:
         wanted["text_sha256"] = text.sha256
+    with Sources(prepared.source.slots) as sources:
+        if scales.about.get("outside_sha256") != outside_sha256(prepared.source, sources):
+            raise _mismatch(path, "they were made for another model: its embedding, final norm or head differ")
+        blocks = Blocks(prepared.source.directory, model, sources, CPU)
+        blocks.load(0)
+        digest = layer_digest(blocks.digests, list(layer_tensors(model, 0)))
     for key, value in wanted.items():
         if scales.about.get(key) != value:
             raise _mismatch(path, f"{key} is {scales.about.get(key)}, expected {value}")
-    if len(scales.layers) != model.dims.num_layers:
-        raise _mismatch(path, f"it has {len(scales.layers)} layers, the model has {model.dims.num_layers}")
-    with Sources(prepared.source.slots) as sources:
-        blocks = Blocks(prepared.source.directory, model, sources, CPU)
-        blocks.load(0)
-        check_layer(layer_digest(blocks.digests, list(layer_tensors(model, 0))), scales.layers[0], 0, path)
+    check_layer(digest, scales.layers[0], 0, path)
     return scales
 
 

@@ -54,6 +54,8 @@ def check(model: Model, job: Job) -> tuple[str, ...]:
         _check_group(linear, job.scheme, job.tp)
         _check_format(linear, job.scheme, job.tp, format)
     notes = check_engines(job.targets, job.scheme, job.format)
+    if model.dims.num_experts and job.scheme.activations == "tensor":
+        notes += ("vLLM runs experts with a scale for each token only (read in its source): leave --per-token on",)
     if ON_CPU in job.targets and job.scheme.bits == 4:
         _check_multiples(kinds, job.tp)
     try_format(kinds, job.scheme, format)

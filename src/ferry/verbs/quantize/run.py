@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +23,14 @@ from ferry.core.progress import Reporter
 from ferry.core.staging import StagedDirectory, check_full, say_kept
 from ferry.core.verb import Result
 from ferry.data.windows import Windows
+from ferry.devices.device import find
 from ferry.formats.fingerprint import content_id, manifest_of
 from ferry.verbs.quantize.config import QuantizeConfig
 from ferry.verbs.quantize.job import Job
 from ferry.verbs.quantize.journal import Journal, journal_of
 from ferry.verbs.quantize.manual import resolve
 from ferry.verbs.quantize.outcome import Outcome, finish
-from ferry.verbs.quantize.plan import Prepared, prepare
+from ferry.verbs.quantize.plan import TORCH, Prepared, prepare
 from ferry.verbs.quantize.reading import cut
 from ferry.verbs.quantize.repack import repack
 from ferry.verbs.quantize.shards import Shards
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
 
 def run(config: QuantizeConfig, reporter: Reporter) -> Result:
     """Do what the options say, and return where the result is and how far it is from the original."""
+    # Threads that spin while they wait take the cores from each other where others compute too. Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     job = resolve(config)
     if job.action == "dequantize":
         return dequantize(config, reporter)
@@ -158,15 +164,15 @@ def _pass_2(job: Job, scales: Scales | None) -> dict[str, Any]:
 
 def _identity(prepared: Prepared, text: Windows | None, decided: dict[str, Any]) -> str:
     """Return a digest of all that decides what a pass makes: a journal of another one is of no use."""
-    from os import cpu_count
-
+    versions = {name: version(name) for name in TORCH if find_spec(name) is not None}
     document = {
-        "version": __version__,
+        "versions": {"ferry": __version__, **versions},
+        "cpu": find("cpu").dtype().dtype,
         "source": content_id(prepared.source),
         "scheme": prepared.scheme._asdict(),
         "scale_dtype": prepared.scale_dtype,
         "text": [text.sha256, text.held_out_sha256] if text is not None else [],
-        "threads": prepared.job.threads or cpu_count(),
+        "threads": prepared.job.threads or os.cpu_count(),
         **decided,
     }
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -101,6 +101,16 @@ def write_plain(
     return {"entries": [list(entry) for entry in entries], "sources": digests}
 
 
+def outside_sha256(source: Checkpoint, sources: Sources) -> str:
+    """Return one digest over everything that is not in a block: embedding, final norm, head."""
+    found, total = contents(source), hashlib.sha256()
+    for name, part in (found.before | found.behind).items():
+        total.update(f"{name}\t".encode())
+        for data in _windows(sources, part):
+            total.update(data.data)
+    return total.hexdigest()
+
+
 def check_source(digests: Mapping[str, str], promised: Manifest | None, source: Checkpoint) -> None:
     """Refuse a source whose tensors are not those of its manifest."""
     if promised is None:

@@ -140,8 +140,8 @@ def _empty_decoder(directory: Path, chunk: Chunk) -> Any:
     decoder = empty_decoder(
         load_config(directory).get_text_config(),
         directory,
-        "train.model-code",
-        "models whose code travels with the checkpoint cannot be trained yet",
+        code="train.model-code",
+        repair="models whose code travels with the checkpoint cannot be trained yet",
     )
     layers = decoder.layers
     decoder.layers = nn.ModuleList([layers[layer] for layer in chunk.layers if layer is not None])
