@@ -23,7 +23,7 @@ from ferry.verbs.quantize import factors as f
 from ferry.verbs.quantize.journal import Journal, WindowFile, read_tensors_file, write_tensors_file
 from ferry.verbs.quantize.numerics import is_per_tensor, quantized_input, quantized_weight, squared_error
 from ferry.verbs.quantize.scales import Arrays, LayerScales, clip_to_steps, layer_digest
-from ferry.verbs.quantize.search import readers_of, search_strength, statistics_of, weight_absmax
+from ferry.verbs.quantize.search import readers_of, search_strength, some_outputs, statistics_of, weight_absmax
 from ferry.verbs.quantize.statistics import Seen, shared_inputs, watch
 
 HELD_BACK = 8
@@ -170,7 +170,7 @@ def _factors(
     group: Group, layer: Layer, seen: dict[str, Seen], shared: dict[str, str], recipe: Recipe, dtype: str, found: _Found
 ) -> torch.Tensor | None:
     """Return the factors of a group, None for all 1, and note what they were made of."""
-    readers = readers_of(group, layer, seen, shared)
+    readers = readers_of(group, layer, seen, shared, recipe.scheme)
     keys = {shared[name] for part in group.into if (name := part.name.removesuffix(".weight")) in shared}
     tokens = sum(seen[key].tokens for key in keys)
     if not readers or tokens < LEAST_TOKENS:
@@ -221,8 +221,9 @@ def _linear(name: str, layer: Layer, seen: Seen, columns: torch.Tensor | None, r
         input_scale = float(scale)
     error = None
     if len(rows) and (recipe.scheme.activations != "tensor" or input_scale is not None):
-        output = quantized_input(rows, recipe.scheme, input_scale) @ quantized_weight(
-            weight, recipe.scheme, recipe.scale_dtype, clip
-        ).T  # fmt: skip
-        error = squared_error(output, rows @ weight.T)
+        some = some_outputs(weight, recipe.scheme)
+        some_clip = None if clip is None else some_outputs(clip, recipe.scheme)
+        integers = quantized_weight(some, recipe.scheme, recipe.scale_dtype, some_clip)
+        output = quantized_input(rows, recipe.scheme, input_scale) @ integers.T
+        error = squared_error(output, rows @ some.T)
     found.facts["linears"][name] = {"nmse": error, "tokens": seen.tokens}

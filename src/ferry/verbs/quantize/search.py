@@ -15,10 +15,12 @@ from ferry.core.quantized import Scheme
 from ferry.core.smoothing import Group
 from ferry.engines.blocks import Layer
 from ferry.verbs.quantize import factors as f
-from ferry.verbs.quantize.numerics import quantized_input, quantized_weight
+from ferry.verbs.quantize.numerics import is_per_tensor, quantized_input, quantized_weight
 from ferry.verbs.quantize.statistics import Seen
 
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+OUTPUTS = 512
+"""Outputs of each linear that are compared."""
 NONE = -1.0
 """The candidate of factors that are all 1."""
 
@@ -33,19 +35,30 @@ class Found:
 
 @dataclass(frozen=True)
 class Reader:
-    """A linear behind a group of factors, with kept rows of its input [R, K] and its weight [N, K]."""
+    """A linear behind a group of factors, with kept rows of its input [R, K] and some rows of its weight [N, K]."""
 
     rows: torch.Tensor
     weight: torch.Tensor
 
 
-def readers_of(group: Group, layer: Layer, seen: dict[str, Seen], shared: dict[str, str]) -> list[Reader]:
-    """Return the linears of a group for which rows were kept."""
+def some_outputs(rows_NK: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Return about `OUTPUTS` evenly spaced rows of a weight, or of what belongs to its rows.
+
+    Each row has its own scales, so their error is that of all.
+    """
+    return rows_NK if is_per_tensor(scheme) else rows_NK[:: max(1, len(rows_NK) // OUTPUTS)]
+
+
+def readers_of(
+    group: Group, layer: Layer, seen: dict[str, Seen], shared: dict[str, str], scheme: Scheme
+) -> list[Reader]:
+    """Return the linears of a group for which rows were kept, with some of their outputs."""
     found = []
     for part in group.into:
         name = part.name.removesuffix(".weight")
         if name in shared and len(seen[shared[name]].rows):
-            found.append(Reader(seen[shared[name]].rows, layer.parameter(part.name)[part.row : part.row + part.rows]))
+            weight = layer.parameter(part.name)[part.row : part.row + part.rows]
+            found.append(Reader(seen[shared[name]].rows, some_outputs(weight, scheme)))
     return found
 
 
