@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ferry
-from ferry.core.errors import FerryError, InputError, IntegrityError, OutputError
+from ferry.core.errors import ConfigError, FerryError, InputError, IntegrityError, OutputError
 from quantize.making import VOCAB, change_weights, files_of, flags, hidden_beside, quantized, start, write_text
 
 LIMIT_S = 300.0
@@ -74,6 +74,7 @@ def test_a_last_weight_that_is_not_finite_never_becomes_a_result(
     source = damaged("llama", tensor, float("nan"))
     with pytest.raises(FerryError) as raised:
         quantized(model=source, output=tmp_path / "out", data=(str(text),))
+    assert raised.value.code == "quantize.not-finite"
     assert tensor.removesuffix(".weight") in raised.value.message or "layer 1" in raised.value.message
     assert not (tmp_path / "out").exists()
     assert not hidden_beside(tmp_path / "out")
@@ -117,6 +118,28 @@ def test_the_source_is_never_replaced(model: Callable[[str], Path], tmp_path: Pa
     source = tmp_path / "source"
     shutil.copytree(model("llama"), source)
     refused(OutputError, "output.is-source", source, model=source, method="rtn", overwrite=True)
+
+
+def test_text_is_never_replaced(model: Callable[[str], Path], text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copyfile(text, out / "text.jsonl")
+    given = str(out / "text.jsonl")
+    for options in ({"data": (given,)}, {"data": (f"{given}:2", str(text))}, {"evaluation": given}):
+        refused(OutputError, "output.is-source", out, model=model("llama"), overwrite=True, **options)
+    refused(OutputError, "output.is-source", tmp_path / "new", model=model("llama"), data=(given,), overwrite=True,
+            scale_output=given)  # fmt: skip
+    assert (out / "text.jsonl").read_bytes() == text.read_bytes()
+
+
+def test_a_budget_that_leaves_nothing_to_quantize_is_refused(
+    model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    message = refused(
+        ConfigError, "quantize.fallback", tmp_path / "out", model=model("llama"), data=(str(text),),
+        search={"fallback_budget": 1.0},
+    )  # fmt: skip
+    assert "every linear would stay float" in message
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")

@@ -224,6 +224,7 @@ def test_a_vision_model_keeps_its_tower_as_it_is(tmp_path: Path, text: Path) -> 
     assert result["passed"]
     ferry.verify(path=tmp_path / "out")
     original, stored = weights_of(source), weights_of(tmp_path / "out")
+    assert result["bytes_original"] == sum(tensor.nbytes for tensor in original.values()), "the tower counts"
     tower = [name for name in original if name.startswith(("visual.", "model.visual."))]
     assert tower
     assert all(torch.equal(original[name], stored[name]) for name in tower)

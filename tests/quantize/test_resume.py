@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import pytest
 import ferry
 from ferry.core.progress import Reporter
 from ferry.verbs.quantize.journal import LINES, journal_of
+from ferry.verbs.quantize.plan import bytes_to_go
 from quantize.making import files_of, flags, hidden_beside, quantized, start
 
 FORK = get_context("fork")
@@ -248,6 +250,27 @@ def test_a_journal_of_other_options_is_thrown_away(killed: tuple[Case, Path]) ->
     assert files_of(output) != case.expected
     quantized(output=output.parent / "other", **other)
     assert files_of(output) == files_of(output.parent / "other")
+
+
+def test_a_journal_of_another_configuration_is_thrown_away(killed: tuple[Case, Path]) -> None:
+    """The weight files are the same ones: they alone do not say what a model computes."""
+    case, output = killed
+    source = output.parent / "source"
+    shutil.copytree(case.options["model"], source)
+    for path in source.glob("*.safetensors"):
+        os.utime(path, ns=((case.options["model"] / path.name).stat().st_mtime_ns,) * 2)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    reporter = Recorder()
+    quantized(reporter, output=output, **{**case.options, "model": source})
+    assert reporter.begun["calibrating"] == 0
+
+
+def test_a_disk_needs_room_for_what_is_left_to_do(killed: tuple[Case, Path]) -> None:
+    _, output = killed
+    assert bytes_to_go(output.parent / "another", 1 << 20) == 1 << 20
+    assert 0 < bytes_to_go(output, 1 << 30) < 1 << 30
+    assert bytes_to_go(output, 1) == 0
 
 
 # ---- asked to stop

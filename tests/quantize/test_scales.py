@@ -73,6 +73,8 @@ def test_a_strength_beside_scales_that_were_searched_makes_the_model_of_that_str
     assert files_of(tmp_path / "two", but=ABOUT_OUTPUT) == files_of(tmp_path / "one", but=ABOUT_OUTPUT)
     proofs = [json.loads((tmp_path / run / "quantization.json").read_text()) for run in ("one", "two")]
     assert proofs[0]["whole"] == proofs[1]["whole"]
+    checks = [[layer["self_check_nmse"] for layer in proof["layers"]] for proof in proofs]
+    assert checks[0] == checks[1], "the factors that were checked are those that were applied"
     strengths = {linear["strength"] for layer in proofs[1]["layers"] for linear in layer["linears"]}
     assert strengths <= {0.6, None}
 
@@ -170,3 +172,45 @@ def test_scales_are_not_written_over_a_file_of_the_user(
         quantized(model=model("llama"), data=(str(text),), generate_scale=True, scale_output=tmp_path / "scales")
     assert raised.value.code == "output.exists"
     assert (tmp_path / "scales").read_text() == "mine"
+
+
+@pytest.mark.parametrize("where", ["out/scales", "model/scales.safetensors"])
+def test_scales_are_kept_beside_the_output_and_the_model(
+    where: str, model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    """An output that is not empty cannot become visible at the end; scales in a model would be taken for weights."""
+    shutil.copytree(model("llama"), tmp_path / "model")
+    before = files_of(tmp_path)
+    message = refused(
+        ConfigError, "quantize.scales", tmp_path, model=tmp_path / "model", data=(str(text),),
+        scale_output=tmp_path / where,
+    )  # fmt: skip
+    assert "lies in" in message
+    assert files_of(tmp_path) == before
+
+
+def test_text_that_scales_were_made_from_is_not_held_out(
+    model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    """The second phase may name no text for calibration: then no digest tells what the first one saw."""
+    source, scales = model("llama"), tmp_path / "scales"
+    quantized(model=source, generate_scale=True, per_token=True, per_channel=True, samples=12, scale_output=scales)
+    message = refused(InputError, "quantize.scale-mismatch", tmp_path, model=source, scale_input=scales, samples=11)
+    assert "first 12 windows of 32 tokens" in message
+    quantized(model=source, scale_input=scales, output=tmp_path / "one", samples=12)
+    scales.unlink()
+    quantized(model=source, data=(str(text),), generate_scale=True, per_token=True, per_channel=True,
+              scale_output=scales)  # fmt: skip
+    refused(InputError, "quantize.scale-mismatch", tmp_path, model=source, scale_input=scales, evaluation=text)
+
+
+def test_the_error_without_factors_is_told_beside_the_least_one(
+    model: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    quantized(model=model("llama"), method="awq", data=(str(text),), generate_scale=True,
+              scale_output=tmp_path / "scales")  # fmt: skip
+    with safe_open(tmp_path / "scales", "pt") as file:
+        layers = json.loads(file.metadata()["layers"])
+    groups = [group for layer in layers for group in layer["groups"].values()]
+    assert any(group["duo"] for group in groups)
+    assert all(group["errors"][0] >= group["errors"][1] > 0 for group in groups)

@@ -13,6 +13,7 @@ from ferry.core.dtypes import num_bytes
 from ferry.core.errors import ConfigError, LayoutError
 from ferry.core.family import Model
 from ferry.core.quantized import PER_ROW, PER_TENSOR, Integers, Scheme
+from ferry.data.windows import TextSpec
 from ferry.families.registry import model_of
 from ferry.formats.quantized import FORMATS
 from ferry.formats.quantized_format import Stored, of_integers
@@ -157,7 +158,7 @@ def test_the_disk_estimate_is_the_sum_of_what_is_stored() -> None:
     assert estimate(found, rtn, "BF16", "BF16").disk_bytes == weights + 2 * scales + rest
     states = 2 * 16 * 512 * 512 * 4
     assert estimate(found, job(), "BF16", "BF16").disk_bytes == weights + 2 * scales + rest + states
-    assert estimate(found, job(write=False, evaluate=False), "BF16", "BF16").disk_bytes == 0
+    assert estimate(found, job(write=False, evaluate=False), "BF16", "BF16").disk_bytes == states
 
 
 def test_the_memory_of_a_calibrated_job_does_not_grow_with_the_number_of_layers() -> None:
@@ -165,6 +166,12 @@ def test_the_memory_of_a_calibrated_job_does_not_grow_with_the_number_of_layers(
     assert few == many
     wide = estimate(model(hidden_size=1024), job(), "BF16", "BF16").peak_memory_bytes
     assert wide > many
+
+
+def test_memory_does_not_grow_with_calibration_text_which_lies_on_the_disk() -> None:
+    few, many = (estimate(model(), job(text=TextSpec(num_windows=number)), "BF16", "BF16") for number in (16, 512))
+    assert few.peak_memory_bytes == many.peak_memory_bytes
+    assert many.disk_bytes - few.disk_bytes == 2 * (512 - 16) * 512 * 512 * 4
 
 
 def test_rtn_takes_the_memory_of_one_weight() -> None:

@@ -15,6 +15,7 @@ import ferry
 from ferry.core.errors import FerryError, InputError, IntegrityError
 from ferry.core.manifest import MANIFEST_NAME, Manifest, read_manifest
 from ferry.core.quantized import Scheme
+from ferry.families.registry import model_of
 from ferry.formats.opening import open_checkpoint, sniff
 from ferry.formats.quantized import float_modules, integers_sha256, open_quantized
 from ferry.verbs.inspect.report import report
@@ -46,6 +47,19 @@ def change_tensors(directory: Path, change: Any) -> None:
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_awq_names_the_experts_of_a_float_layer_by_what_holds_them(models: Shelf, tmp_path: Path) -> None:
+    """vLLM fuses them, and asks whether a name of the list is part of the name of all of them."""
+    names = model_of(read_config(models("mixtral")), "test").canonical()
+    floats = tuple(name.removesuffix(".weight") for name in names if ".layers.1." in name and ".experts." in name)
+    assert floats
+    written = write_quantized(models("mixtral"), tmp_path / "model", "awq", W4, floats=floats)
+    kept = read_config(written.directory)["quantization_config"]["modules_to_not_convert"]
+    fused = "model.layers.{}.block_sparse_moe.experts"
+    assert any(name in fused.format(1) for name in kept)
+    assert not any(name in fused.format(0) for name in kept)
+    assert list(open_quantized(written.directory).schemes) == list(written.integers)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-tied", "mixtral", "chatglm3"])

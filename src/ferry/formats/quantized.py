@@ -20,7 +20,18 @@ import numpy as np
 from ferry.core.carry import Spec
 from ferry.core.dtypes import num_bytes
 from ferry.core.errors import InputError, IntegrityError
-from ferry.core.family import ATTENTION_OUT, DENSE_ROLES, EXPERT_ROLES, HEAD, KEY, QUERY, ROUTER, VALUE, Model
+from ferry.core.family import (
+    ATTENTION_OUT,
+    DENSE_ROLES,
+    EXPERT_ROLES,
+    EXPERT_UP,
+    HEAD,
+    KEY,
+    QUERY,
+    ROUTER,
+    VALUE,
+    Model,
+)
 from ferry.core.floats import FLOATS, Bytes
 from ferry.core.layout import Slot, declared, whole
 from ferry.core.quantized import Integers, Scheme
@@ -158,11 +169,21 @@ def float_modules(model: Model, schemes: Mapping[str, Scheme]) -> tuple[str, ...
 def description(form: Format, model: Model, schemes: Mapping[str, Scheme], tensors: Sequence[str]) -> Description:
     """Return what goes beside the weights of a quantized model. `tensors` are the names of all that are stored."""
     kept = list(float_modules(model, schemes))
+    if form.name == awq.NAME:
+        kept += _float_expert_sets(model, schemes)
     if model.family.vision is not None and form.name == compressed_tensors.NAME:
         kept.append(f"{compressed_tensors.PATTERN}.*{re.escape(model.family.vision.tensors)}.*")
     elif model.family.vision is not None and form.name == awq.NAME:
         kept.append(model.family.vision.tensors.removesuffix("."))
     return form.describe(schemes, kept, tensors)
+
+
+def _float_expert_sets(model: Model, schemes: Mapping[str, Scheme]) -> list[str]:
+    """Return what holds the experts of a layer, where they stay float: engines look for parts of that name."""
+    layers = [layer for layer in range(model.dims.num_layers) if model.dims.is_moe(layer)]
+    ups = [model.part(EXPERT_UP, layer, 0).name.removesuffix(WEIGHT) for layer in layers]
+    # `experts.0.up_proj`, and experts of a layer go together.
+    return [up.rsplit(".", 2)[0] for up in ups if up not in schemes]
 
 
 def with_description(config: Mapping[str, Any], described: Description) -> dict[str, Any]:

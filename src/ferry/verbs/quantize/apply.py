@@ -20,7 +20,7 @@ from ferry.core.smoothing import Group, groups, layer_tensors
 from ferry.engines.blocks import Blocks, Layer
 from ferry.formats.quantized_format import Format
 from ferry.verbs.quantize import factors as f
-from ferry.verbs.quantize.numerics import distance, quantized_input, rounded, squared_error
+from ferry.verbs.quantize.numerics import distance, quantized_input, rounded, scale_of_range, squared_error
 from ferry.verbs.quantize.scales import LayerScales, clip_of_steps
 from ferry.verbs.quantize.search import weight_absmax
 from ferry.verbs.quantize.shards import Piece
@@ -161,7 +161,7 @@ def _input_scale(
     arrays = scales.arrays if scales else {}
     if target.strength is not None and group is not None and columns is not None and f"{name}.input_scale" in arrays:
         absmax = f.over_columns(torch.from_numpy(arrays[f"{group.key}.input_absmax"]), group)
-        return float((absmax / columns).max() / 127.0)
+        return float(scale_of_range(absmax / columns))
     return float(arrays[f"{name}.input_scale"][0]) if f"{name}.input_scale" in arrays else None
 
 

@@ -7,7 +7,7 @@ their Gram matrix, and more rows than channels are replaced by a triangle with t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -65,7 +65,7 @@ def search_ratio(
     triangles = {id(reader.rows): triangle(reader.rows) for reader in readers}
     norms = [float((triangles[id(reader.rows)] @ reader.weight.T).square().sum()) for reader in readers]
     best = Ratio(0.0, False, float("inf"), 0.0)
-    without = 0.0
+    without = float("inf")
     for duo in (True, False):
         for ratio in RATIOS:
             factors = f.awq(input_mean, means, ratio, duo=duo)
@@ -79,7 +79,8 @@ def search_ratio(
                 without = error
             if error < best.error:
                 best = Ratio(ratio, duo, error, without)
-    return best
+    # What no factors cost is known only after the candidates that count weights.
+    return replace(best, error_without=without)
 
 
 def search_clip(weight_NK: torch.Tensor, rows_RK: torch.Tensor, scheme: Scheme, dtype: str) -> torch.Tensor:

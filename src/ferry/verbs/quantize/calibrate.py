@@ -21,7 +21,13 @@ from ferry.engines.blocks import Blocks, Layer
 from ferry.verbs.quantize import awq
 from ferry.verbs.quantize import factors as f
 from ferry.verbs.quantize.journal import Journal, WindowFile, read_tensors_file, write_tensors_file
-from ferry.verbs.quantize.numerics import is_per_tensor, quantized_input, quantized_weight, squared_error
+from ferry.verbs.quantize.numerics import (
+    is_per_tensor,
+    quantized_input,
+    quantized_weight,
+    scale_of_range,
+    squared_error,
+)
 from ferry.verbs.quantize.scales import Arrays, LayerScales, clip_to_steps, layer_digest
 from ferry.verbs.quantize.search import readers_of, search_strength, some_outputs, statistics_of, weight_absmax
 from ferry.verbs.quantize.statistics import Seen, shared_inputs, watch
@@ -216,7 +222,7 @@ def _linear(name: str, layer: Layer, seen: Seen, columns: torch.Tensor | None, r
     input_scale = None
     if recipe.scheme.activations == "tensor" and seen.tokens:
         largest = seen.absmax if columns is None else seen.absmax / columns
-        scale = (largest.max() / 127.0).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = scale_of_range(largest)
         found.put(f"{name}.input_scale", scale.reshape(1))
         input_scale = float(scale)
     error = None

@@ -5,9 +5,11 @@ Sources: SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, eq. 4), AWQ (Lin et al
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from ferry.core.errors import IntegrityError
+from ferry.core.errors import InputError, IntegrityError
 from ferry.core.family import Model
 from ferry.core.smoothing import Group
 from ferry.engines.blocks import Layer
@@ -85,7 +87,13 @@ def fold(layer: Layer, group: Group, factors: torch.Tensor, dtype: str) -> None:
 
 def check_smoothed(error: float, layer: Layer, model: Model) -> None:
     """Refuse a layer whose output changed by smoothing alone (NMSE): what is folded must be the same function."""
-    if not error <= TOLERANCE:
+    if not math.isfinite(error):
+        raise InputError(
+            f"the output of layer {layer.index} is not finite on this text: a weight of it is NaN or infinite",
+            code="quantize.not-finite",
+            repair="is the model whole? `ferry verify` tells; is its dtype wide enough? `ferry inspect` tells",
+        )
+    if error > TOLERANCE:
         raise IntegrityError(
             f"layer {layer.index} is not the same after smoothing (NMSE {error:.1e}): the smoothing graph of the "
             f"{model.family.name} family is wrong",

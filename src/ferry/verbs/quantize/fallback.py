@@ -5,8 +5,10 @@ Engines fuse query, key and value, gate and up, and all experts of a layer: such
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
+from ferry.core.errors import ConfigError
 from ferry.core.family import Model
 from ferry.core.smoothing import groups, linears
 from ferry.verbs.quantize.scales import LayerScales
@@ -44,6 +46,16 @@ def unscaled(model: Model, layers: tuple[LayerScales, ...]) -> dict[str, str]:
                 reason = f"no calibration token came to {lacking[0]}, so its input has no scale"
                 found |= dict.fromkeys(item.modules, reason)
     return found
+
+
+def check_some_left(model: Model, floats: Mapping[str, str]) -> None:
+    """Refuse to write a model of which nothing is quantized: formats have no words for it."""
+    if all(linear.module in floats for layer in range(model.dims.num_layers) for linear in linears(model, layer)):
+        raise ConfigError(
+            f"every linear would stay float: {next(iter(floats.values()))}",
+            code="quantize.fallback",
+            repair="use a smaller search.fallback_budget, or more calibration text",
+        )
 
 
 def fused_sets(model: Model, number: int, scales: LayerScales) -> list[FusedSet]:

@@ -58,6 +58,11 @@ def quantized_input(x: torch.Tensor, scheme: Scheme, input_scale: float | None =
     return (x / scales).round_().clamp_(-128, 127).mul_(scales)
 
 
+def scale_of_range(absmax_K: torch.Tensor) -> torch.Tensor:
+    """Return the one scale of activations whose channels reach these magnitudes; never 0."""
+    return (absmax_K.max() / 127.0).clamp(min=torch.finfo(torch.float32).tiny)
+
+
 class Distance(NamedTuple):
     """Squared error over squared norm (NMSE), and the cosine, of a tensor to the one it should be."""
 

@@ -160,10 +160,13 @@ def _proof(
     layers = [dict(layer) for layer in outcome.written.layers]
     experts = []
     for number, found in enumerate(scales.layers if scales else ()):
-        layers[number]["self_check_nmse"] = found.facts["self_check_nmse"]
+        # Pass 2 checked the factors that were applied; without text, what pass 1 saw stands.
+        if layers[number]["self_check_nmse"] is None:
+            layers[number]["self_check_nmse"] = found.facts["self_check_nmse"]
         experts += [{"layer": number, **expert} for expert in found.facts["experts"]]
     limits = _limits(outcome.whole, job.limits._asdict())
-    specs = source.specs().values()
+    original_bytes = sum(num_bytes(spec.dtype, (spec.rows, spec.cols)) for spec in source.specs().values())
+    original_bytes += sum(len(data) for _, _, data in source.carried.values())
     recipe = {"method": job.method, "scheme": prepared.scheme._asdict(), "strength": job.strength, "format": job.format,
               "scale_dtype": prepared.scale_dtype, "fallback_budget": job.fallback_budget, "calibration": calibration,
               "scales": [layer.facts for layer in scales.layers] if scales else []}  # fmt: skip
@@ -184,7 +187,7 @@ def _proof(
         "limits": limits,
         "passed": all(limit["passed"] for limit in limits),
         "bytes": {
-            "original": sum(num_bytes(spec.dtype, (spec.rows, spec.cols)) for spec in specs),
+            "original": original_bytes,
             "quantized": quantized_bytes,
         },
         "engines": [
@@ -223,6 +226,8 @@ def _settings(config: QuantizeConfig) -> dict[str, Any]:
     for key in ("model", "output", "evaluation", "scale_input", "scale_output"):
         if settings.get(key):
             settings[key] = Path(settings[key]).name
+    if settings.get("text", {}).get("chat_template"):
+        settings["text"]["chat_template"] = Path(settings["text"]["chat_template"]).name
     if settings.get("data"):
         settings["data"] = [Path(item).name for item in settings["data"]]
     return settings

@@ -18,7 +18,7 @@ from ferry.core.layout import Part
 from ferry.core.manifest import Manifest
 from ferry.core.progress import Reporter
 from ferry.core.smoothing import layer_tensors
-from ferry.data.windows import Windows
+from ferry.data.windows import TextSpec, Windows
 from ferry.devices.device import find
 from ferry.engines.blocks import Blocks
 from ferry.verbs.quantize import fallback
@@ -87,6 +87,8 @@ def scales_of_file(prepared: Prepared, path: Path, text: Windows | None) -> Scal
         blocks = Blocks(prepared.source.directory, model, sources, CPU)
         blocks.load(0)
         digest = layer_digest(blocks.digests, list(layer_tensors(model, 0)))
+    if text is not None:
+        _refuse_seen_text(path, scales.about, text, prepared.job.text)
     for key, value in wanted.items():
         if scales.about.get(key) != value:
             raise _mismatch(path, f"{key} is {scales.about.get(key)}, expected {value}")
@@ -94,11 +96,30 @@ def scales_of_file(prepared: Prepared, path: Path, text: Windows | None) -> Scal
     return scales
 
 
-def _mismatch(path: Path, found: str) -> InputError:
+def _refuse_seen_text(path: Path, about: Mapping[str, Any], text: Windows, spec: TextSpec) -> None:
+    """Refuse a proof on text that the scales were made from, where no digest of calibration text tells."""
+    if text.sha256 or text.held_out_name != about.get("text"):
+        return
+    windows, length = about.get("windows", 0), about.get("window_tokens", 0)
+    left_out = 0 if spec.evaluation is not None else spec.num_windows * spec.window_tokens
+    if windows * length > left_out:
+        raise _mismatch(
+            path,
+            f"they were made from the first {windows} windows of {length} tokens of {text.held_out_name}, and some of "
+            "these would be held out now",
+            repair=f"give the scales' --data, --samples {windows} and --seq-len {length}, or another --evaluation",
+        )
+
+
+def _mismatch(
+    path: Path,
+    found: str,
+    repair: str = "make scales for this model and these options with --generate-scale --scale-output FILE",
+) -> InputError:
     return InputError(
         f"the scales in {path} do not fit: {found}",
         code="quantize.scale-mismatch",
-        repair="make scales for this model and these options with --generate-scale --scale-output FILE",
+        repair=repair,
     )
 
 
@@ -113,6 +134,7 @@ def write_with_text(
     floats = fallback.choose(model, scales.layers, job.fallback_budget) if scales and job.fallback_budget else {}
     if scales and prepared.scheme.activations == "tensor":
         floats |= fallback.unscaled(model, scales.layers)
+    fallback.check_some_left(model, floats)
     strength = job.strength if job.scale_input is not None else None
     target = Target(prepared.scheme, prepared.format, prepared.scale_dtype, floats, strength)
     streams = _streams(blocks, held_out_BT, journal)

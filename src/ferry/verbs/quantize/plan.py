@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 from ferry.core.dtypes import num_bytes
 from ferry.core.errors import ConfigError, OutputError, UnavailableError
 from ferry.core.family import QUERY
 from ferry.core.plan import Plan, PlannedFile
 from ferry.core.quantized import Scheme
-from ferry.core.staging import check_apart, check_target
+from ferry.core.staging import StagedDirectory, check_apart, check_target
+from ferry.data.settings import parse_item
 from ferry.formats.checkpoint import Checkpoint
 from ferry.formats.fingerprint import content_id
 from ferry.formats.hf import missing_assets, open_hf
@@ -28,6 +30,8 @@ from ferry.verbs.quantize.writing import check_float, units
 
 NAMES = {"smoothquant": "SmoothQuant", "awq": "AWQ", "rtn": "round to nearest"}
 TORCH = ("torch", "transformers")
+BLOCK_BYTES = 512
+"""The unit of `st_blocks`: weight files have a hole in front while they grow, and take less than their size."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ def prepare(job: Job) -> Prepared:
     scale_dtype = format.scale_dtype or dtype
     notes = preflight.check(source.model, job)
     estimate = preflight.estimate(source.model, job, dtype, scale_dtype)
+    target = job.output if job.write else job.scale_output
+    assert target is not None
+    check_target(target, bytes_to_go(target, estimate.disk_bytes), overwrite=True)  # that it is free was checked
     notes += preflight.memory_note(estimate, preflight.available_memory_bytes())
     lacking = missing_assets(source.assets)
     if lacking:
@@ -71,6 +78,13 @@ def prepare(job: Job) -> Prepared:
     if source.tied_copies:
         notes += (f"left out, being copies of the embedding: {', '.join(source.tied_copies)}",)
     return Prepared(job, source, job.scheme, format, scale_dtype, estimate, (*job.choices, *notes))
+
+
+def bytes_to_go(target: Path, disk_bytes: int) -> int:
+    """Return what a job still needs of the disk: what a stopped run left is used, or thrown away."""
+    left = (StagedDirectory(target).work, journal_of(target))
+    held = sum(path.stat().st_blocks * BLOCK_BYTES for top in left for path in top.rglob("*") if path.is_file())
+    return max(0, disk_bytes - held)
 
 
 def plan(config: QuantizeConfig) -> Plan:
@@ -117,7 +131,7 @@ def plan(config: QuantizeConfig) -> Plan:
 def _check_places(job: Job, source: Checkpoint) -> None:
     if job.write:
         assert job.output is not None
-        check_apart(job.output, source.directory, job.scale_input)
+        check_apart(job.output, source.directory, *_read_besides(job))
         check_target(job.output, overwrite=job.overwrite)
     if job.scale_output is not None:
         if job.scale_output.is_dir():
@@ -126,10 +140,28 @@ def _check_places(job: Job, source: Checkpoint) -> None:
                 code="output.exists",
                 repair=f"say {job.scale_output / 'scales.safetensors'}",
             )
-        check_apart(job.scale_output, source.directory)
+        check_apart(job.scale_output, source.directory, *_read_besides(job))
+        _check_scales_beside(job.scale_output, source.directory, "where it would be taken for weights")
+        if job.output is not None:
+            _check_scales_beside(job.scale_output, job.output, "which becomes visible as a whole")
         # A run that was killed after its scales were made goes on: its journal is still there.
         is_ours = journal_of(job.output if job.write and job.output else job.scale_output).exists()
         check_target(job.scale_output, overwrite=job.overwrite or is_ours)
+
+
+def _read_besides(job: Job) -> list[Path]:
+    """Return what is read besides the model: with --overwrite, none of it may be replaced."""
+    data = [parse_item(item).path for item in job.text.data]
+    return [path for path in (job.scale_input, job.text.evaluation, job.text.chat_template, *data) if path is not None]
+
+
+def _check_scales_beside(scale_output: Path, directory: Path, why_not: str) -> None:
+    if scale_output.resolve().is_relative_to(directory.resolve()):
+        raise ConfigError(
+            f"scale_output={scale_output} lies in {directory}, {why_not}",
+            code="quantize.scales",
+            repair="keep the scales beside the directory",
+        )
 
 
 def _require_torch() -> None:

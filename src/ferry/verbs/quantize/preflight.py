@@ -96,7 +96,7 @@ def estimate(model: Model, job: Job, dtype: str, scale_dtype: str) -> Estimate:
     """Return what a job will take. `dtype` is that of the model's float tensors, `scale_dtype` that of the scales."""
     parts = _memory(model, job)
     return Estimate(
-        disk_bytes=_disk(model, job, dtype, scale_dtype) if job.write else 0,
+        disk_bytes=(_disk(model, job, dtype, scale_dtype) if job.write else 0) + _states_on_disk(model, job),
         peak_memory_bytes=sum(size for _, size in parts),
         parts=tuple(parts),
     )
@@ -180,24 +180,32 @@ def _cannot(verdict: Verdict, scheme: Scheme, format_name: str, cpu: str) -> Con
 
 
 def _memory(model: Model, job: Job) -> list[tuple[str, int]]:
-    """Return the parts of the peak: two blocks in float32 and the states between blocks, or one weight."""
+    """Return the parts of the peak: two blocks in float32 and both streams of held-out text, or one weight."""
     if not job.needs_text:
         largest = max(linear.rows * linear.cols for linear in linears(model))
         return [("Python and numpy", NUMPY_BYTES), ("one weight while it is rounded", largest * BYTES_OF_A_WEIGHT)]
-    d, text = model.dims, job.text
-    num_windows = max(text.num_windows if job.calibrate else 0, text.num_held_out if job.evaluate else 0)
-    states = 2 * num_windows * text.window_tokens * d.hidden_size * FLOAT32_BYTES
-    head = d.vocab_size * (d.hidden_size + 2 * text.window_tokens) * FLOAT32_BYTES if job.evaluate else 0
+    streams = 2 * job.text.num_held_out * _window_bytes(model, job) if job.evaluate else 0
     return [
         ("Python and torch", TORCH_BYTES),
-        ("two blocks in float32, or the head later", max(2 * block_weights(model) * FLOAT32_BYTES, head)),
-        ("states between blocks", states),
+        ("two blocks in float32", 2 * block_weights(model) * FLOAT32_BYTES),
+        ("two streams of held-out text", streams),
         ("working memory", WORKING_BYTES),
     ]
 
 
+def _window_bytes(model: Model, job: Job) -> int:
+    return job.text.window_tokens * model.dims.hidden_size * FLOAT32_BYTES
+
+
+def _states_on_disk(model: Model, job: Job) -> int:
+    """Return the peak of the states that journals keep: those before and behind a block, in pass 2 of two streams."""
+    calibration = job.text.num_windows if job.calibrate else 0
+    held_out = job.text.num_held_out if job.evaluate else 0
+    return max(2 * calibration, calibration + 4 * held_out) * _window_bytes(model, job)
+
+
 def _disk(model: Model, job: Job, dtype: str, scale_dtype: str) -> int:
-    """Return the bytes of the tensors that will be written, and of the states kept for going on after a crash."""
+    """Return the bytes of the tensors that will be written."""
     assert job.scheme is not None
     canonical = model.canonical()
     total = sum(num_bytes(dtype, shape) for shape in canonical.values())
@@ -205,5 +213,4 @@ def _disk(model: Model, job: Job, dtype: str, scale_dtype: str) -> int:
         stored = FORMATS[job.format].stored(linear.kind, linear.rows, linear.cols, job.scheme, scale_dtype)
         saved = num_bytes(dtype, (linear.rows, linear.cols)) - sum(num_bytes(*item) for item in stored.values())
         total -= int(saved * linear.num_linears * (1 - job.fallback_budget))
-    states = dict(_memory(model, job)).get("states between blocks", 0)
-    return total + states
+    return total

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ferry import __version__
+from ferry.core.environment import usable_cores
 from ferry.core.gather import Sources
 from ferry.core.layout import Part
 from ferry.core.progress import Reporter
@@ -30,7 +31,7 @@ from ferry.verbs.quantize.job import Job
 from ferry.verbs.quantize.journal import Journal, journal_of
 from ferry.verbs.quantize.manual import resolve
 from ferry.verbs.quantize.outcome import Outcome, finish
-from ferry.verbs.quantize.plan import TORCH, Prepared, prepare
+from ferry.verbs.quantize.plan import TORCH, Prepared, bytes_to_go, prepare
 from ferry.verbs.quantize.reading import cut
 from ferry.verbs.quantize.repack import repack
 from ferry.verbs.quantize.shards import Shards
@@ -87,7 +88,7 @@ def _drop_unless_resumable(hidden: Path, error: BaseException) -> None:
 def _quantize(prepared: Prepared, text: Windows | None, config: QuantizeConfig, reporter: Reporter) -> Result:
     job, source = prepared.job, prepared.source
     assert job.output is not None
-    need_bytes = prepared.estimate.disk_bytes
+    need_bytes = bytes_to_go(job.output, prepared.estimate.disk_bytes)
     hidden = journal_of(job.output)
     with StagedDirectory(job.output, need_bytes=need_bytes, overwrite=job.overwrite, keeps=True) as staged:
         try:
@@ -169,10 +170,11 @@ def _identity(prepared: Prepared, text: Windows | None, decided: dict[str, Any])
         "versions": {"ferry": __version__, **versions},
         "cpu": find("cpu").dtype().dtype,
         "source": content_id(prepared.source),
+        "config": prepared.source.model.config,
         "scheme": prepared.scheme._asdict(),
         "scale_dtype": prepared.scale_dtype,
         "text": [text.sha256, text.held_out_sha256] if text is not None else [],
-        "threads": prepared.job.threads or os.cpu_count(),
+        "threads": prepared.job.threads or os.environ.get("OMP_NUM_THREADS") or usable_cores(),
         **decided,
     }
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

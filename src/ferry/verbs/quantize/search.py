@@ -15,7 +15,7 @@ from ferry.core.quantized import Scheme
 from ferry.core.smoothing import Group
 from ferry.engines.blocks import Layer
 from ferry.verbs.quantize import factors as f
-from ferry.verbs.quantize.numerics import is_per_tensor, quantized_input, quantized_weight
+from ferry.verbs.quantize.numerics import is_per_tensor, quantized_input, quantized_weight, scale_of_range
 from ferry.verbs.quantize.statistics import Seen
 
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -99,7 +99,7 @@ def search_strength(
     for candidate in (NONE, *candidates):
         factors = torch.ones_like(tops) if candidate == NONE else f.smoothquant(input_absmax, tops, candidate)
         columns = f.over_columns(f.settled(factors, group, layer, dtype), group)
-        scale = float((input_absmax / factors).max()) / 127.0 if scheme.activations == "tensor" else None
+        scale = float(scale_of_range(input_absmax / factors)) if scheme.activations == "tensor" else None
         errors[candidate] = _error(readers, wanted, columns, scheme, scale_dtype, scale)
     best = min(errors, key=lambda candidate: (errors[candidate], candidate))
     return Found(None if best == NONE else best, errors)

@@ -34,7 +34,7 @@ WEIGHT = ".weight"
 
 @dataclass
 class Written:
-    """What pass 2 wrote: its tensors, the lines of the proof, the digests of the source, and the last states."""
+    """What pass 2 wrote: its tensors, the lines of the proof, and the digests of the source."""
 
     entries: list[Entry] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
