@@ -21,6 +21,7 @@ import pytest
 
 import ferry
 from ferry.core.progress import Reporter
+from ferry.core.staging import StagedDirectory
 from ferry.verbs.quantize.journal import LINES, journal_of
 from ferry.verbs.quantize.plan import bytes_to_go
 from quantize.making import files_of, flags, hidden_beside, quantized, start
@@ -87,8 +88,9 @@ def _child(options: dict[str, Any]) -> None:
 
 def num_lines(output: Path, number: int) -> int:
     """Return how many blocks count in a pass."""
-    path = journal_of(output) / f"pass-{number}" / LINES
-    return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
+    alone = StagedDirectory(output).work  # of scales alone
+    paths = [folder / f"pass-{number}" / LINES for folder in (journal_of(output), alone)]
+    return max((path.read_bytes().count(b"\n") - 1 for path in paths if path.exists()), default=0)
 
 
 def kill_at(child: BaseProcess, condition: Callable[[], bool], delay_s: float = 0.0) -> bool:

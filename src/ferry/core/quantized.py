@@ -19,6 +19,7 @@ Bits = Literal[8, 4]
 Activations = Literal["token", "tensor", ""]
 Int8 = npt.NDArray[np.int8]
 PER_ROW, PER_TENSOR = 0, -1
+BOTH_16 = "BF16+F16"
 INT4_MIDDLE = 8
 """The zero point of a symmetric 4-bit weight: its integers are 0 to 15."""
 ROUND_ITEMS = 1 << 18
@@ -70,8 +71,10 @@ class Integers:
 
 
 def rounded(values: Float32, dtype: str) -> Float32:
-    """Return float32 values as `dtype` would hold them."""
-    return to_float32(from_float32(values, dtype), dtype)
+    """Return float32 values as `dtype` would hold them; BOTH_16 gives values that bfloat16 and float16 hold alike."""
+    for part in dtype.split("+"):
+        values = to_float32(from_float32(values, part), part)
+    return values
 
 
 def quantize(

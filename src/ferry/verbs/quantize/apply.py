@@ -99,7 +99,14 @@ def apply_layer(
         facts.append({**line, "group": group.kind if group else "", "strength": strength})
         if streams is not None and line["scheme"] != "float" and target.scheme.activations:
             hooks.append(_quantize_inputs(linear, target.scheme, input_scale))
-    line = {"layer": layer.index, "nmse": None, "cosine": None, "self_check_nmse": check, "linears": facts}
+    line = {
+        "layer": layer.index,
+        "nmse": None,
+        "cosine": None,
+        "self_check_nmse": check,
+        "factors": len(applied),
+        "linears": facts,
+    }
     if streams is not None:
         for window in range(len(streams.quantized)):
             streams.quantized[window] = blocks.run(layer, streams.quantized[window : window + 1])[0]

@@ -50,8 +50,8 @@ def whole_model(
 
 
 def _exponential(loss: float) -> float:
-    """Return a perplexity; infinite where a float cannot hold it."""
-    return math.exp(loss) if loss < LARGEST_LOSS else math.inf
+    """Return a perplexity; of losses beyond all reason, the largest."""
+    return math.exp(min(loss, LARGEST_LOSS))
 
 
 class _Carried:

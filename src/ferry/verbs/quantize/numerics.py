@@ -15,8 +15,10 @@ ITEMS = 1 << 18
 
 
 def rounded(x: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Return float32 values as `dtype` would hold them."""
-    return x if dtype == "F32" else x.to(TORCH_DTYPES[dtype]).to(torch.float32)
+    """Return float32 values as `dtype` would hold them (as `core.quantized.rounded`)."""
+    for part in dtype.split("+"):
+        x = x.to(TORCH_DTYPES[part]).to(torch.float32)
+    return x
 
 
 def _scales(scales: torch.Tensor, dtype: str) -> torch.Tensor:

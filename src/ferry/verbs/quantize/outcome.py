@@ -72,7 +72,7 @@ def finish(
     promised = manifest_of(source.directory)
     lineage = promised.ancestry() if promised else (parent,)
     cost = _cost()
-    changes = _changes(prepared, schemes, scales)
+    changes = _changes(prepared, schemes, sum(layer.get("factors", 0) for layer in written.layers))
     summary = f"{NAMES[job.method]} {prepared.scheme.name} as {job.format}"
     short = {key: value for key, value in proof.items() if key not in ("layers", "experts")}
     manifest = Manifest(
@@ -169,7 +169,7 @@ def _proof(
     original_bytes += sum(len(data) for _, _, data in source.carried.values())
     recipe = {"method": job.method, "scheme": prepared.scheme._asdict(), "strength": job.strength, "format": job.format,
               "scale_dtype": prepared.scale_dtype, "fallback_budget": job.fallback_budget, "calibration": calibration,
-              "scales": [layer.facts for layer in scales.layers] if scales else []}  # fmt: skip
+              "scales": scales.sha256 if scales else ""}  # fmt: skip
     verdicts = verdicts_here(job.format, prepared.scheme.name, prepared.scheme.activations)
     return {
         "method": job.method,
@@ -210,11 +210,10 @@ def _limits(whole: Mapping[str, Any] | None, limits: Mapping[str, float]) -> lis
     return found
 
 
-def _changes(prepared: Prepared, schemes: Mapping[str, Scheme], scales: Scales | None) -> tuple[str, ...]:
+def _changes(prepared: Prepared, schemes: Mapping[str, Scheme], moved: int) -> tuple[str, ...]:
     """Declare what is not the source's any more."""
     number = len(schemes)
     changes = [f"{number} weights rounded to {prepared.scheme.name} ({prepared.format.name})"]
-    moved = sum(1 for layer in scales.layers for name in layer.arrays if name.endswith(".factors")) if scales else 0
     if moved:
         changes.append(f"{moved} sets of smoothing factors folded into norms and weights")
     return tuple(changes)

@@ -10,7 +10,7 @@ from ferry.core.dtypes import num_bytes
 from ferry.core.errors import ConfigError, OutputError, UnavailableError
 from ferry.core.family import QUERY
 from ferry.core.plan import Plan, PlannedFile
-from ferry.core.quantized import Scheme
+from ferry.core.quantized import BOTH_16, Scheme
 from ferry.core.staging import StagedDirectory, check_apart, check_target
 from ferry.data.settings import parse_item
 from ferry.formats.checkpoint import Checkpoint
@@ -66,6 +66,8 @@ def prepare(job: Job) -> Prepared:
     format = FORMATS[job.format]
     dtype = source.specs()[source.model.part(QUERY).name].dtype
     scale_dtype = format.scale_dtype or dtype
+    if (dtype, scale_dtype) == ("BF16", "F16"):
+        scale_dtype = BOTH_16  # engines turn the scales they read into the dtype they compute in
     notes = preflight.check(source.model, job)
     estimate = preflight.estimate(source.model, job, dtype, scale_dtype)
     target = job.output if job.write else job.scale_output
@@ -145,7 +147,7 @@ def _check_places(job: Job, source: Checkpoint) -> None:
         if job.output is not None:
             _check_scales_beside(job.scale_output, job.output, "which becomes visible as a whole")
         # A run that was killed after its scales were made goes on: its journal is still there.
-        is_ours = journal_of(job.output if job.write and job.output else job.scale_output).exists()
+        is_ours = job.output is not None and journal_of(job.output).exists()
         check_target(job.scale_output, overwrite=job.overwrite or is_ours)
 
 

@@ -21,7 +21,7 @@ from ferry.core.environment import usable_cores
 from ferry.core.gather import Sources
 from ferry.core.layout import Part
 from ferry.core.progress import Reporter
-from ferry.core.staging import StagedDirectory, check_full, say_kept
+from ferry.core.staging import StagedDirectory
 from ferry.core.verb import Result
 from ferry.data.windows import Windows
 from ferry.devices.device import find
@@ -64,15 +64,9 @@ def _scales_alone(prepared: Prepared, text: Windows | None, reporter: Reporter) 
     """Run pass 1 and no more."""
     job = prepared.job
     assert job.scale_output is not None
-    hidden = journal_of(job.scale_output)
-    try:
-        scales = _scales(prepared, text, hidden, reporter)
-    except BaseException as error:
-        _drop_unless_resumable(hidden, error)
-        check_full(error, job.scale_output, kept=hidden.name, need_bytes=prepared.estimate.disk_bytes)
-        say_kept(error)
-        raise
-    shutil.rmtree(hidden, ignore_errors=True)
+    need_bytes = prepared.estimate.disk_bytes
+    with StagedDirectory(job.scale_output, need_bytes=need_bytes, overwrite=job.overwrite, keeps=True) as staged:
+        scales = _scales(prepared, text, staged.work, reporter)
     return {
         "action": "scales", "artifact": None, "scales": str(job.scale_output), "passed": True, "proof": None,
         "about": scales.about, "choices": list(prepared.choices), "changes": [],
@@ -159,7 +153,7 @@ def _pass_2(job: Job, scales: Scales | None) -> dict[str, Any]:
     found: dict[str, Any] = {"pass": 2, "method": job.method, "strength": job.strength, "format": job.format}
     found |= {"budget": job.fallback_budget, "evaluate": job.evaluate, "shards": job.max_shard_size}
     if scales is not None:
-        found |= {"about": scales.about, "scales": [layer.facts for layer in scales.layers]}
+        found |= {"about": scales.about, "scales": scales.sha256}
     return found
 
 

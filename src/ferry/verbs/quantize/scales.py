@@ -45,6 +45,17 @@ class Scales:
     about: dict[str, Any]
     layers: tuple[LayerScales, ...]
 
+    @property
+    def sha256(self) -> str:
+        """Return one digest over what was found for all layers."""
+        total = hashlib.sha256()
+        for layer in self.layers:
+            total.update(json.dumps(layer.facts, sort_keys=True).encode())
+            for name, array in sorted(layer.arrays.items()):
+                total.update(name.encode())
+                total.update(np.ascontiguousarray(array).data.cast("B"))
+        return total.hexdigest()
+
     def write(self, path: Path) -> None:
         """Write the file so that it appears whole."""
         arrays = {name: array for layer in self.layers for name, array in layer.arrays.items()}
@@ -65,6 +76,9 @@ def read_scales(path: Path) -> Scales:
             raise ValueError(f"its format is {metadata.get('format')!r}, expected {FORMAT!r}")
         about, facts = json.loads(metadata["about"]), json.loads(metadata["layers"])
         keys = [tuple(found["owners"]) for found in facts]
+        for name, array in arrays.items():
+            if not (np.isfinite(array).all() and (array >= 0).all()):
+                raise ValueError(f"{name} has values that are no scales")
     except (ValueError, KeyError, TypeError, FerryError) as error:
         raise InputError(
             f"{path} is no scales file of `ferry quantize`: {error}",

@@ -44,7 +44,7 @@ class Reader:
 def some_outputs(rows_NK: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Return about `OUTPUTS` evenly spaced rows of a weight, or of what belongs to its rows.
 
-    Each row has its own scales, so their error is that of all.
+    Each row has its own scales, so a sample of them tells of all.
     """
     return rows_NK if is_per_tensor(scheme) else rows_NK[:: max(1, len(rows_NK) // OUTPUTS)]
 

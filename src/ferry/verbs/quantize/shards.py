@@ -20,6 +20,7 @@ from ferry.core.errors import LayoutError
 from ferry.core.floats import Bytes
 from ferry.core.manifest import TensorDigest
 from ferry.core.safetensors import Header, parse_header
+from ferry.core.staging import sync_directory
 from ferry.formats.hf_stream import PT_METADATA, SINGLE, index_of
 from ferry.formats.quantized_format import Typed
 
@@ -159,7 +160,8 @@ class Shards:
         """Append the tensors of a unit to its file, and see them on the disk."""
         file = self.file_of[number]
         entries = []
-        with open(self.path(file), "r+b" if self.path(file).exists() else "w+b") as target:
+        is_new = not self.path(file).exists()
+        with open(self.path(file), "w+b" if is_new else "r+b") as target:
             target.seek(self.head_bytes[file] + self.ends[file])
             for piece in sorted_for_alignment(pieces, self.ends[file]):
                 offset, digest = self.ends[file], hashlib.sha256()
@@ -178,6 +180,8 @@ class Shards:
                 entries.append(Entry(piece.name, piece.dtype, piece.shape, file, offset, digest.hexdigest()))
             target.flush()
             os.fsync(target.fileno())
+        if is_new:
+            sync_directory(self.directory)
         return entries
 
     def finish(self, entries: Sequence[Entry]) -> dict[str, Header]:
