@@ -24,8 +24,8 @@ MODULES = (
 MIN_CHARS = 80
 
 
-def documents() -> Iterator[str]:
-    """Give the documents: topics of the language reference, and modules with the docstrings of what they hold."""
+def documents() -> Iterator[tuple[str, str]]:
+    """Give the documents with their names: topics of the language reference, modules with the docstrings in them."""
     folder = Path(sysconfig.get_path("stdlib"))
     named: dict[str, str | Path] = {f"topic {name}": text for name, text in _topics(folder).items()}
     named |= {f"module {name}": path for name in MODULES if (path := _source(folder, name)) is not None}
@@ -35,7 +35,7 @@ def documents() -> Iterator[str]:
         text = found.strip() if isinstance(found, str) else _docstrings(found)
         if len(text) >= MIN_CHARS and text not in told:  # one topic may have several names
             told.add(text)
-            yield text
+            yield name, text
 
 
 def _topics(folder: Path) -> dict[str, str]:

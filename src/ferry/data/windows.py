@@ -22,7 +22,7 @@ import numpy.typing as npt
 from ferry.core.errors import InputError
 from ferry.data import readers
 from ferry.data.chunks import Spec
-from ferry.data.conversation import BadRow, Text
+from ferry.data.conversation import BadRow, Conversation, Message, Text
 from ferry.data.handlers import Handler, choose_handler, convert, named_handler
 from ferry.data.megatron import find_megatron, read_megatron
 from ferry.data.rendering import Renderer, RendererSpec, renderer
@@ -223,9 +223,10 @@ def _tokenised(texts: list[str], tokenizer: Any) -> Int32:
 def _pieces(path: Path | None, spec: TextSpec, rendering: Renderer, reading: _Reading) -> Iterator[str | Int32]:
     """Give a place of text as texts (each document begins with a blank line) and as tokens."""
     if path is None:
-        for text in documents():
+        for number, (name, text) in enumerate(documents()):
             reading.num_rows += 1
-            yield f"\n\n{text}"
+            asked = number % 2 == 0 and rendering.template
+            yield f"\n\n{_answered(name, text, rendering) if asked else text}"
         return
     megatron = find_megatron(path)
     if megatron is not None:
@@ -250,6 +251,12 @@ def _pieces(path: Path | None, spec: TextSpec, rendering: Renderer, reading: _Re
                 continue
             yield meaning.content if is_inside else f"\n\n{meaning.content}"
             is_inside = not meaning.is_complete
+
+
+def _answered(name: str, text: str, rendering: Renderer) -> str:
+    """Return a document as the answer in a conversation: what a chat model sees, with the tokens of its template."""
+    question = Message("user", f"What does Python's documentation say about the {name}?")
+    return rendering.render(Conversation((question, Message("assistant", text))))[0]
 
 
 def _handler(source: readers.Source, name: str) -> Handler:

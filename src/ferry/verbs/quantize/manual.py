@@ -16,13 +16,21 @@ from ferry.core.family import Model
 from ferry.core.quantized import PER_ROW, PER_TENSOR, Activations, Bits, Scheme
 from ferry.data.windows import TextSpec
 from ferry.families.registry import model_of, read_config
+from ferry.formats.opening import sniff
 from ferry.formats.quantized import format_of, known_format
 from ferry.recipes.engines import engine_names
-from ferry.verbs.quantize.config import QuantizeConfig
+from ferry.verbs.quantize.config import LimitSettings, QuantizeConfig
 from ferry.verbs.quantize.job import LIMITS, Action, Job, Limits, Method
 from ferry.verbs.quantize.linears import linears, serving_sizes
 
 GROUPS = (128, 64, 32)
+OTHER_KINDS = {
+    "megatron": ("a Megatron checkpoint", "make one of it: `ferry convert mg2hf`"),
+    "torch_dist": ("a Megatron checkpoint", "make one of it: `ferry convert mg2hf`"),
+    "gguf": ("a GGUF file", "make one of it: `ferry convert gguf2hf`"),
+    "adapter": ("a LoRA adapter", "put it into its base: `ferry train merge`"),
+}
+"""Sources that become a model by another verb."""
 BITS: dict[str, tuple[Bits, ...]] = {"smoothquant": (8,), "awq": (4,), "rtn": (8, 4)}
 """The bits of each method; the first is its default."""
 FORMATS = {8: ("compressed-tensors", "ascend"), 4: ("compressed-tensors", "awq")}
@@ -54,9 +62,10 @@ def resolve(config: QuantizeConfig) -> Job:
 
 
 def _existing(directory: Path) -> Path:
-    if not directory.is_dir():
-        what = "is not a directory" if directory.exists() else "is not there"
-        raise InputError(f"{directory} {what}", code="input.missing", repair="give the directory of a model")
+    kind = sniff(directory)
+    if kind in OTHER_KINDS:
+        what, repair = OTHER_KINDS[kind]
+        raise InputError(f"{directory} is {what}, expected a Hugging Face model", code="quantize.source", repair=repair)
     return directory
 
 
@@ -153,6 +162,10 @@ def _job_of_floats(config: QuantizeConfig, model: Model) -> Job:
         )
     default = LIMITS[bits]
     limits = config.limits
+    if write and not evaluate and limits != LimitSettings():
+        raise _nonsense(
+            "limits", limits.model_dump(exclude_none=True), "nothing is measured: give --data or --evaluation"
+        )
     return Job(
         action="quantize" if write else "scales",
         model=config.model,
