@@ -92,11 +92,12 @@ def search_strength(
     group: Group, layer: Layer, readers: Sequence[Reader], input_absmax: torch.Tensor, scheme: Scheme, scale_dtype: str,
     dtype: str, candidates: Sequence[float] = STRENGTHS,
 ) -> Found:  # fmt: skip
-    """Return the best strength for a group; no smoothing is a candidate as well."""
+    """Return the best strength for a group; behind a linear, no smoothing is a candidate as well."""
     tops = weight_absmax(group, layer)
     errors: dict[float, float] = {}
     wanted = [reader.rows @ reader.weight.T for reader in readers]
-    for candidate in (NONE, *candidates):
+    # Behind a norm some smoothing always pays: text that was not seen has larger outliers than text that was.
+    for candidate in candidates if group.from_norm else (NONE, *candidates):
         factors = torch.ones_like(tops) if candidate == NONE else f.smoothquant(input_absmax, tops, candidate)
         columns = f.over_columns(f.settled(factors, group, layer, dtype), group)
         scale = float(scale_of_range(input_absmax / factors)) if scheme.activations == "tensor" else None
