@@ -64,6 +64,14 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def with_few(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options with the small ones where they say nothing else; no limits where nothing is measured."""
+    measures = options.get("evaluate", True) and (
+        options.get("method") != "rtn" or "data" in options or "evaluation" in options
+    )
+    return {name: value for name, value in FEW.items() if measures or name != "limits"} | options
+
+
 @cache
 def _transformers() -> Any:
     import transformers
@@ -118,7 +126,7 @@ def write_text(path: Path, count: int = 40, seed: int = 3) -> Path:
 
 
 def settings(**options: Any) -> QuantizeConfig:
-    return QuantizeConfig.model_validate({**FEW, **options})
+    return QuantizeConfig.model_validate(with_few(options))
 
 
 def quantized(reporter: Reporter | None = None, **options: Any) -> Result:
@@ -144,7 +152,7 @@ def quantized(reporter: Reporter | None = None, **options: Any) -> Result:
 def flags(**options: Any) -> list[str]:
     """Return options as words of the command line."""
     words: list[str] = []
-    for name, value in {**FEW, **options}.items():
+    for name, value in with_few(options).items():
         if isinstance(value, dict):
             for key, inner in value.items():
                 words += ["--set", f"{name}.{key}={inner}"]
