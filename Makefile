@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow bench bench-train check docs clean
+.PHONY: demo test test-slow bench bench-train bench-quantize check docs clean
 
 demo: .venv/demo.stamp
 	$(BIN)/ferry run examples/demo.yaml
@@ -24,6 +24,10 @@ bench: .venv/dev.stamp
 # Against HF Trainer, TRL, ms-swift and LLaMA-Factory, each in an environment of its own: some 8 GB and half an hour.
 bench-train: .venv/dev.stamp
 	$(BIN)/python benchmarks/train/bench.py --install --rounds 1
+
+# Against llm-compressor, in an environment of its own: 1.5 GB and half an hour.
+bench-quantize: .venv/dev.stamp
+	$(BIN)/python benchmarks/quantize/bench.py --install --models smol qwen3 qwen2
 
 check: .venv/dev.stamp
 	scripts/check
