@@ -180,7 +180,7 @@ def _cannot(verdict: Verdict, scheme: Scheme, format_name: str, cpu: str) -> Con
 
 
 def _memory(model: Model, job: Job) -> list[tuple[str, int]]:
-    """Return the parts of the peak: a block, what is computed from it, and both streams of held-out text; or one weight.
+    """Return the parts of the peak: a block, what it takes to work on it, streams of held-out text; or one weight.
 
     Peaks that were measured: 480 MB for a model of 135 M, 930 MB for 1.4 B.
     """
