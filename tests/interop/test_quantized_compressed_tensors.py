@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from ferry.core.floats import from_float32
 from ferry.core.progress import Reporter
@@ -21,9 +22,6 @@ from ferry.formats.quantized_format import Stored
 from ferry.verbs.quantize.unquantize import dequantize
 from models import Shelf
 from quantized_models import SCHEMES, W4, W4_SYMMETRIC, W8A8, W8A8_STATIC, Made, Wish, write_quantized
-
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("compressed_tensors")
 
 FORM = FORMATS["compressed-tensors"]
 DTYPES = {

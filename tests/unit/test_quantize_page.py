@@ -195,7 +195,7 @@ def test_errors_are_sorted_and_written_short() -> None:
     ]
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="node is not here")
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js to read the page's script")
 def test_the_script_of_the_page_parses() -> None:
     subprocess.run(["node", "--check", str(SCRIPT)], check=True)
 
