@@ -147,8 +147,9 @@ def check_target(target: Path, need_bytes: int = 0, *, overwrite: bool = False) 
 
 def check_apart(target: Path, *inputs: Path | None) -> None:
     """Refuse a target that is, or holds, something to be read: with `overwrite` it would be removed."""
+    real = Path(os.path.realpath(target))  # unlike Path.resolve, it says nothing of links that lead to themselves
     for path in inputs:
-        if path is not None and path.resolve().is_relative_to(target.resolve()):
+        if path is not None and Path(os.path.realpath(path)).is_relative_to(real):
             raise OutputError(
                 f"{target} is, or holds, the source {path}", code="output.is-source", repair="choose another target"
             )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ferry.core.carry import Spec, carry
+from ferry.core.dtypes import num_bytes
 from ferry.core.errors import IntegrityError
 from ferry.core.layout import Slot
 from ferry.core.manifest import MANIFEST_NAME, Manifest, TensorDigest
@@ -12,6 +14,17 @@ from ferry.core.progress import Reporter
 from ferry.formats.fingerprint import file_digests
 
 SHOWN = 8
+
+
+def hashed(
+    name: str, specs: Mapping[str, Spec], slots: Sequence[Slot], threads: int, reporter: Reporter
+) -> dict[str, str]:
+    """Return the sha256 of every tensor of a checkpoint, whatever its tensors are."""
+    total = sum(num_bytes(spec.dtype, (spec.rows, spec.cols)) for spec in specs.values())
+    reporter.start(f"hashing {name}", total)
+    digests = carry(specs, slots, (), reporter=reporter, threads=threads)
+    reporter.finish()
+    return digests
 
 
 def compare_tensors(expected: Mapping[str, TensorDigest], found: Mapping[str, TensorDigest], where: str) -> list[str]:

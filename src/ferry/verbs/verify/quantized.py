@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ferry.core.carry import WINDOW_BYTES, carry
-from ferry.core.dtypes import num_bytes
+from ferry.core.carry import WINDOW_BYTES
 from ferry.core.manifest import Manifest, TensorDigest
 from ferry.core.plan import Plan
 from ferry.core.progress import Reporter
@@ -17,7 +16,7 @@ from ferry.core.verb import Result
 from ferry.formats.fingerprint import content_id, manifest_of
 from ferry.formats.opening import open_promised_quantized
 from ferry.formats.quantized import QuantizedCheckpoint, format_of
-from ferry.verbs.verify.comparing import compare_files, compare_tensors, refuse_problems
+from ferry.verbs.verify.comparing import compare_files, compare_tensors, hashed, refuse_problems
 from ferry.verbs.verify.config import VerifyConfig
 
 INTERPRETER_BYTES = 60_000_000
@@ -83,10 +82,7 @@ def verify_quantized(config: VerifyConfig, reporter: Reporter) -> Result:
 
 def _digests(checkpoint: QuantizedCheckpoint, config: VerifyConfig, reporter: Reporter) -> dict[str, TensorDigest]:
     specs = checkpoint.specs()
-    total = sum(num_bytes(spec.dtype, (spec.rows, spec.cols)) for spec in specs.values())
-    reporter.start(f"hashing {checkpoint.directory.name}", total)
-    digests = carry(specs, checkpoint.slots, (), reporter=reporter, threads=config.threads)
-    reporter.finish()
+    digests = hashed(checkpoint.directory.name, specs, checkpoint.slots, config.threads, reporter)
     found = checkpoint.found
     return {name: TensorDigest(found[name].dtype, found[name].shape, digests[name]) for name in sorted(digests)}
 

@@ -6,8 +6,7 @@ and all other bytes of all files by the file digests. Nothing is left over.
 
 from __future__ import annotations
 
-from ferry.core.carry import carry
-from ferry.core.dtypes import ITEM_BYTES, num_bytes
+from ferry.core.dtypes import ITEM_BYTES
 from ferry.core.errors import IntegrityError
 from ferry.core.layout import Slot
 from ferry.core.manifest import Manifest, TensorDigest
@@ -18,7 +17,7 @@ from ferry.formats.fingerprint import manifest_of, tensor_digests
 from ferry.formats.opening import check_archives, open_checkpoint, open_promised
 from ferry.formats.peft import is_adapter
 from ferry.verbs.verify.adapter import verify_adapter
-from ferry.verbs.verify.comparing import compare_files, compare_tensors, refuse_problems
+from ferry.verbs.verify.comparing import compare_files, compare_tensors, hashed, refuse_problems
 from ferry.verbs.verify.config import VerifyConfig
 from ferry.verbs.verify.quantized import is_quantized, verify_quantized
 
@@ -67,10 +66,7 @@ def run(config: VerifyConfig, reporter: Reporter) -> Result:
 
 def _read(checkpoint: Checkpoint, config: VerifyConfig, reporter: Reporter) -> dict[str, TensorDigest]:
     specs = checkpoint.specs()
-    total = sum(num_bytes(spec.dtype, (spec.rows, spec.cols)) for spec in specs.values())
-    reporter.start(f"hashing {checkpoint.directory.name}", total)
-    digests = carry(specs, checkpoint.slots, (), reporter=reporter, threads=config.threads)
-    reporter.finish()
+    digests = hashed(checkpoint.directory.name, specs, checkpoint.slots, config.threads, reporter)
     return tensor_digests(checkpoint, digests)
 
 
