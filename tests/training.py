@@ -38,6 +38,7 @@ from ferry.verbs.train.crew.channel import Channel, wait_for_any
 from ferry.verbs.train.crew.spec import CrewSpec, Outcome
 from ferry.verbs.train.crew.supervisor import supervise
 from ferry.verbs.train.plan import prepare
+from words import words_of
 
 FORK = get_context("fork")
 LIMIT_S = 300.0
@@ -188,17 +189,7 @@ class Command:
 
 def flags(**fields: Any) -> list[str]:
     """Return a config as words of the command line: structures are set field by field."""
-    words: list[str] = []
-    for name, value in {**FEW, "crew": {"threads": 1}, **fields}.items():
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                words += ["--set", f"{name}.{key}={json.dumps(inner) if not isinstance(inner, str) else inner}"]
-        elif isinstance(value, bool):
-            words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words += [f"--{name.replace('_', '-')}", text]
-    return words
+    return words_of({**FEW, "crew": {"threads": 1}, **fields})
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ from ferry.verbs.quantize import run as verb
 from ferry.verbs.quantize.config import QuantizeConfig
 from ferry.verbs.quantize.manual import resolve
 from ferry.verbs.quantize.plan import prepare
+from words import words_of
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 VOCAB = 256 + len(SPECIAL) + 1
@@ -151,17 +152,7 @@ def quantized(reporter: Reporter | None = None, **options: Any) -> Result:
 
 def flags(**options: Any) -> list[str]:
     """Return options as words of the command line."""
-    words: list[str] = []
-    for name, value in with_few(options).items():
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                words += ["--set", f"{name}.{key}={inner}"]
-        elif isinstance(value, bool):
-            words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words += [f"--{name.replace('_', '-')}", text]
-    return words
+    return words_of(with_few(options))
 
 
 def start(log: Path, *words: str, program: Sequence[str] = ("-m", "ferry")) -> subprocess.Popen[bytes]:
