@@ -46,7 +46,7 @@ clean:
 	$(PIP) "$(TORCH)"
 	touch $@
 
-.venv/demo.stamp: .venv/torch.stamp pyproject.toml
+.venv/demo.stamp: .venv/torch.stamp pyproject.toml setup.py $(wildcard src/ferry/engines/native/kernels/*)
 	$(PIP) --group demo --editable ".[pull,train,quantize]"
 	touch $@
 

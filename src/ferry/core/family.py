@@ -103,6 +103,23 @@ class Smoothing(NamedTuple):
 
 
 Config = Mapping[str, Any]
+
+
+def _no_window(config: Config, layer: int) -> int:
+    return 0
+
+
+class LlamaLike(NamedTuple):
+    """That a model is computed as Llama is, so that kernels for one run them all.
+
+    Norms of mean squares before attention and MLP, on queries and keys where they have weights; rotary positions by
+    halves; a SiLU gate; nothing else scaled, capped or shared. `window` gives the number of tokens that a token of a
+    layer sees, itself included; 0 = all before it.
+    """
+
+    window: Callable[[Config, int], int] = _no_window
+
+
 SIZES: dict[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers",), "hidden_size": ("hidden_size",), "ffn_hidden_size": ("intermediate_size",),
     "num_heads": ("num_attention_heads",), "num_groups": ("num_key_value_heads",), "head_dim": ("head_dim",),
@@ -144,6 +161,8 @@ class Family:
     """How pictures enter, where they can."""
     smoothing: tuple[Smoothing, ...] = ()
     """Where quantization may move scales: which norm or linear feeds which linears, with nothing but them between."""
+    llama_like: LlamaLike | None = None
+    """That the decoder is computed as Llama's."""
 
     def roles(self, config: Config) -> dict[str, str | Packed]:
         """Return the roles that exist for this config."""

@@ -41,6 +41,7 @@ FAMILY = f.Family(
     model_types=("llama",),
     weights=WEIGHTS,
     smoothing=SMOOTHING,
+    llama_like=f.LlamaLike(),
     # Old conversions stored the rotary frequencies, which follow from the config.
     carried=("model.layers.*.self_attn.rotary_emb.inv_freq",),
 )
