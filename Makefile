@@ -47,7 +47,7 @@ clean:
 	touch $@
 
 .venv/demo.stamp: .venv/torch.stamp pyproject.toml setup.py $(wildcard src/ferry/engines/native/kernels/*)
-	$(PIP) --group demo --editable ".[pull,train,quantize]"
+	$(PIP) --group demo --editable ".[pull,train,quantize,serve]"
 	touch $@
 
 .venv/dev.stamp: .venv/demo.stamp

@@ -22,7 +22,9 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if words is None else words)
     switches: list[str] = []
     while arguments and arguments[0] in SWITCHES_BEFORE_A_VERB:
-        switches.append(arguments.pop(0))
+        # After the verb its own `-q` may mean something else.
+        word = arguments.pop(0)
+        switches.append("--quiet" if word == "-q" else word)
     first = arguments[0] if arguments else "--help"
     if first in ("--help", "-h", "help") and len(arguments) <= 1:
         return _say(overview())
@@ -76,7 +78,7 @@ flags of every verb:
   --dry-run        print the plan and write nothing (verbs that write)
   --config FILE    read values from a YAML file; may be repeated, later files win
   --set KEY=VALUE  set one value, also a nested one: --set a.b=c
-  --quiet, -q      no progress
+  --quiet, -q      no progress (where a verb has its own -q, as serve has: --quiet)
 
 Values come from: defaults, config files, environment (FERRY_<VERB>_<FIELD>), flags; later ones win.
 `ferry config show VERB --origin` tells where each came from.

@@ -63,6 +63,10 @@ class TerminalReporter(Reporter):
         self._drawn_s = clock()
         self._line_is_drawn = False
 
+    @property
+    def is_watched(self) -> bool:
+        return not self._quiet
+
     def event(self, name: str, /, **fields: Any) -> None:
         if self._record is not None:
             self._record.event(name, **fields)

@@ -1,8 +1,8 @@
 """The words of a command line, read against a verb's options.
 
 Every field is `--foo-bar VALUE` or `--foo-bar=VALUE`; booleans are `--foo` and `--no-foo`; lists are `4,4,4` or the
-flag repeated. A positional field may be given by place or by flag. Abbreviated flags are refused: they would break when
-a flag is added.
+flag repeated. A positional field may be given by place or by flag. `--foo_bar` is `--foo-bar`. A verb's own short flag
+wins over one that all verbs have. Abbreviated flags are refused: they would break when a flag is added.
 """
 
 from __future__ import annotations
@@ -64,10 +64,12 @@ def read_arguments(words: Sequence[str], options: Sequence[Option], passthrough:
     while queue:
         word = queue.pop(0)
         flag, sign, text = word.partition("=")
+        flag = _spelling(flag, named)
         if word == "--":
             places += queue
             break
-        if word in GLOBAL_SWITCHES:
+        is_for_another = bool(passthrough) and len(places) == num_places and not word.startswith("--")
+        if word in GLOBAL_SWITCHES and flag not in named and not is_for_another:
             switches.add(GLOBAL_SWITCHES[word])
         elif flag in GLOBAL_VALUES and not passthrough:
             if sign or queue:
@@ -104,6 +106,12 @@ def _by_flag(options: Sequence[Option]) -> dict[str, list[tuple[Option, bool]]]:
     return named
 
 
+def _spelling(flag: str, named: dict[str, list[tuple[Option, bool]]]) -> str:
+    """Return a flag as the verb spells it: other programs have underscores where it has dashes."""
+    dashed = flag.replace("_", "-")
+    return dashed if flag.startswith("--") and dashed in named else flag
+
+
 def _read_flag(
     state: _Words,
     targets: Sequence[tuple[Option, bool]],
@@ -120,7 +128,7 @@ def _read_flag(
             state.put(option, yes if text is None else text, f"flag {flag}")
         return
     if text is None:
-        following = queue[0].partition("=")[0] if queue else "--"
+        following = _spelling(queue[0].partition("=")[0], named) if queue else "--"
         if following in named or following in GLOBAL_SWITCHES or following.startswith("--"):
             state.problems.append(Problem("config.syntax", f"{flag} needs a value"))
             return

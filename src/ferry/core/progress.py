@@ -9,6 +9,11 @@ from typing import Any
 class Reporter:
     """Says nothing. The command line's reporter shows progress and writes events to the run record."""
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether a person sees what is said: not from Python, nor with --quiet or --json."""
+        return False
+
     def event(self, name: str, /, **fields: Any) -> None:
         """Note one fact: a choice made, a file done, a check passed. Fields are JSON values."""
 

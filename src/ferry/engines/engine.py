@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 from ferry.core.errors import UnavailableError, did_you_mean
+from ferry.engines.hardware import Place, machine
 from ferry.engines.request import Output, Request, Stats
 
 State = Literal["starting", "ready", "restarting", "failed", "closed"]
@@ -107,6 +108,14 @@ class Verdict(NamedTuple):
     reason: str
 
 
+def _always(settings: EngineSettings) -> Verdict:
+    return Verdict(True, "")
+
+
+def _this_machine(settings: EngineSettings) -> Place:
+    return machine()
+
+
 @dataclass(frozen=True)
 class EngineKind:
     """One kind of engine. `rank`: the order in which `auto` tries them, lowest first."""
@@ -121,6 +130,10 @@ class EngineKind:
     make: Callable[[EngineSettings], Engine]
     options: frozenset[str] = field(default_factory=frozenset)
     """Fields of EngineSettings that it does not follow: one that is set is refused, not ignored."""
+    wanted: Callable[[EngineSettings], Verdict] = _always
+    """Whether `auto` may take it: what can be used here may still not be what anybody wants, as vLLM on a CPU."""
+    place: Callable[[EngineSettings], Place] = _this_machine
+    """The memory it puts a model into, for what is refused before it starts."""
 
 
 def kinds() -> dict[str, EngineKind]:

@@ -32,9 +32,10 @@ _LISTING = re.compile(r"\s*(\d+ \||\^+\s*$)")
 
 @dataclass(frozen=True)
 class Compiled:
-    """A constraint ready for any number of answers."""
+    """A constraint ready for any number of answers. `lark` is its grammar as engines take it."""
 
     constraint: Constraint
+    lark: str
     notes: tuple[str, ...]
     num_tokens: int
     end_tokens: tuple[int, ...]
@@ -147,6 +148,7 @@ class Compiler:
         check_time()
         return Compiled(
             constraint,
+            grammar.lark,
             grammar.notes,
             self._tokenizer.vocab_size,
             tuple(self._tokenizer.eos_tokens),

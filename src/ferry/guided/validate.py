@@ -7,7 +7,7 @@ Choices are compared, patterns and grammars parsed again. An answer that was cut
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -29,8 +29,11 @@ class Verdict:
     cut: bool = False
 
 
-def check(compiled: Compiled, text: str, *, cut: bool = False) -> Verdict:
-    """Return the verdict on a finished answer; `cut` says that a limit ended it, not the model."""
+def check(compiled: Compiled, text: str, *, cut: bool = False, tokens: Sequence[int] | None = None) -> Verdict:
+    """Return the verdict on a finished answer; `cut` says that a limit ended it, not the model.
+
+    `tokens` are those of the text, where they are known: a grammar may ask for special ones, which no text shows.
+    """
     form, source = compiled.constraint.form, compiled.constraint.source
     if form == "json":
         verdict = check_json(json.loads(source), text)
@@ -38,7 +41,7 @@ def check(compiled: Compiled, text: str, *, cut: bool = False) -> Verdict:
         valid = text in json.loads(source)
         verdict = Verdict(valid, "" if valid else f"{_short(text)} is none of the choices")
     else:
-        verdict = _parsed_again(compiled, text)
+        verdict = _parsed_again(compiled, compiled.tokenize(text) if tokens is None else list(tokens))
     if verdict.valid or not cut:
         return verdict
     return Verdict(False, f"cut off by the limit of tokens: {verdict.reason}", verdict.pointer, cut=True)
@@ -65,10 +68,9 @@ def check_json(schema: Any, text: str) -> Verdict:
     return Verdict(False, f"{worst.message[:300]} (#/{rule})", "".join("/" + step for step in steps))
 
 
-def _parsed_again(compiled: Compiled, text: str) -> Verdict:
-    """Return whether the automaton takes the bytes of a text, one by one, to an end."""
+def _parsed_again(compiled: Compiled, tokens: list[int]) -> Verdict:
+    """Return whether the automaton takes the tokens of a text, one by one, to an end."""
     matcher = compiled.automaton.deep_copy()
-    tokens = compiled.tokenize(text)
     taken = matcher.try_consume_tokens(tokens)
     if taken < len(tokens):
         return Verdict(False, f"does not match {compiled.constraint.field} from token {taken} of {len(tokens)} on")

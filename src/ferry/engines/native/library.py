@@ -31,14 +31,14 @@ LAYOUT = 1
 
 
 class LinearStruct(Structure):
-    _fields_: ClassVar[list[Any]] = [  # type: ignore[misc]
+    _fields_: ClassVar[list[Any]] = [
         *[(name, c_int64) for name in ("kind", "rows", "cols")],
         *[(name, c_void_p) for name in ("data", "scales", "bias")],
     ]
 
 
 class LayerStruct(Structure):
-    _fields_: ClassVar[list[Any]] = [  # type: ignore[misc]
+    _fields_: ClassVar[list[Any]] = [
         *[(name, LinearStruct) for name in ("qkv", "attention_out", "gate_up", "down")],
         *[(name, c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm", "keys", "values")],
         ("window", c_int64),
@@ -49,7 +49,7 @@ SIZES = ("num_layers", "hidden", "ffn", "num_heads", "num_groups", "head_dim", "
 
 
 class ModelStruct(Structure):
-    _fields_: ClassVar[list[Any]] = [  # type: ignore[misc]
+    _fields_: ClassVar[list[Any]] = [
         *[(name, c_int64) for name in SIZES],
         *[(name, c_float) for name in ("epsilon", "scale")],
         *[(name, c_void_p) for name in ("cosines", "sines", "final_norm")],
@@ -59,7 +59,7 @@ class ModelStruct(Structure):
 
 
 class BatchStruct(Structure):
-    _fields_: ClassVar[list[Any]] = [  # type: ignore[misc]
+    _fields_: ClassVar[list[Any]] = [
         *[(name, c_int64) for name in ("num_tokens", "num_sequences", "num_logits", "table_width")],
         *[(name, c_void_p) for name in ("tokens", "positions", "slots", "starts", "tables", "logits_rows", "logits")],
     ]

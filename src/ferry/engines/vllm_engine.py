@@ -1,0 +1,65 @@
+"""vLLM, on NVIDIA GPUs, or its build for CPUs where somebody asks for it."""
+
+from __future__ import annotations
+
+from ferry.core.errors import UnavailableError
+from ferry.engines import vllm_judgement as judgement
+from ferry.engines.engine import Engine, EngineKind, EngineSettings, Verdict
+from ferry.engines.hardware import Place, machine, nvidia
+from ferry.engines.vllm_environment import Environment
+
+NAME = "vllm"
+
+
+def _available(settings: EngineSettings) -> Verdict:
+    found = judgement.installed(settings, NAME)
+    if isinstance(found, Verdict):
+        return found
+    if found.vllm_ascend:
+        return Verdict(False, f"{found.described} is for --engine vllm-ascend")
+    if not found.is_for_cpu and not nvidia().num_devices:
+        return Verdict(False, f"{found.described} is a build for GPUs, and no NVIDIA GPU is here")
+    return Verdict(True, found.described)
+
+
+def _runs(settings: EngineSettings) -> Verdict:
+    found = _environment(settings)
+    kind = "vllm-cpu" if found.is_for_cpu else "vllm-cuda"
+    return judgement.runs(settings, found, kind, nvidia())
+
+
+def _wanted(settings: EngineSettings) -> Verdict:
+    found = _environment(settings)
+    if found.is_for_cpu:
+        return Verdict(False, "its build for CPUs starts more slowly and is slower there (--engine vllm takes it)")
+    number = nvidia().num_devices
+    return Verdict(True, f"{number} NVIDIA GPU{'s are' if number > 1 else ' is'} here, and {found.described}")
+
+
+def _place(settings: EngineSettings) -> Place:
+    found = judgement.installed(settings, NAME)
+    return machine() if isinstance(found, Verdict) else judgement.place(found, nvidia())
+
+
+def _make(settings: EngineSettings) -> Engine:
+    return judgement.make(NAME, settings, _environment(settings), nvidia())
+
+
+def _environment(settings: EngineSettings) -> Environment:
+    found = judgement.installed(settings, NAME)
+    if isinstance(found, Verdict):
+        raise UnavailableError(found.reason, code="engine.unavailable", repair="or use another --engine")
+    return found
+
+
+ENGINE = EngineKind(
+    name=NAME,
+    rank=20,
+    summary="vLLM in an environment of its own: NVIDIA GPUs, several of them",
+    available=_available,
+    runs=_runs,
+    make=_make,
+    options=frozenset({"quantization"}),
+    wanted=_wanted,
+    place=_place,
+)

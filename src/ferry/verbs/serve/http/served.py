@@ -1,0 +1,197 @@
+"""What all routes share: the model that is served, its engine, the gate before it, and a request's way through them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ferry.core.errors import FerryError, did_you_mean
+from ferry.engines.engine import Engine
+from ferry.engines.text import TextModel
+from ferry.guided.compiling import DEFAULT_TIME_LIMIT_S, Compiled, Compiler, tokenizer_of
+from ferry.guided.request import Constraint
+from ferry.verbs.serve.http.answering import Asked, Piece, answer, closing, together
+from ferry.verbs.serve.http.errors import ApiError, as_api_error, busy
+from ferry.verbs.serve.http.gate import Gate
+from ferry.verbs.serve.http.measures import Measures
+from ferry.verbs.serve.http.sampling import Limits
+
+SPARE_PLACES = 8
+"""Answers beyond what the engine works at: they are at hand when one ends."""
+LONG_TEXT = 20_000
+"""Characters from which on a text is made tokens of on a thread."""
+
+
+@dataclass(frozen=True)
+class HttpSettings:
+    """What the front end is told."""
+
+    names: tuple[str, ...]
+    """What requests may call the model."""
+    shown_names: tuple[str, ...]
+    """Those of them that are shown; never a path of this machine."""
+    api_keys: tuple[str, ...] = ()
+    max_queue: int = 256
+    max_num_seqs: int = 64
+    max_body_bytes: int = 8_000_000
+    guided_time_limit_s: float = DEFAULT_TIME_LIMIT_S
+    request_timeout_s: float | None = None
+    log_requests: bool = False
+
+
+def _silent(name: str, fields: Mapping[str, Any]) -> None:
+    return None
+
+
+@dataclass
+class Served:
+    """A model being served. Made before its engine is ready; closed after it."""
+
+    engine: Engine
+    model: TextModel
+    settings: HttpSettings
+    default_sampling: Mapping[str, float] = field(default_factory=dict)
+    note: Callable[[str, Mapping[str, Any]], None] = _silent
+    """Is told what an operator should know."""
+    measures: Measures = field(default_factory=Measures)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.gate = Gate(self.settings.max_num_seqs + SPARE_PLACES, self.settings.max_queue)
+        self.begun_s = self.measures.clock()
+        self._compiler: asyncio.Task[Compiler] | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """The bounds of the model, once its engine was ready."""
+        info = self.engine.info
+        return Limits(info.max_model_len, info.num_tokens, self.model.end_token_ids)
+
+    def name_of(self, asked: str | None) -> str:
+        """Return the name to answer with, or the error for a model that is not here."""
+        if not asked:
+            return self.settings.shown_names[0]
+        if asked in self.settings.names:
+            return asked
+        shown = list(self.settings.shown_names)
+        raise ApiError(
+            404,
+            f"the model {asked!r} does not exist{did_you_mean(asked, shown)}; this server has {', '.join(shown)}",
+            param="model",
+            code="model_not_found",
+        )
+
+    def check_open(self) -> None:
+        """Refuse a request that could not be answered now."""
+        try:
+            self.gate.check()
+            condition = self.engine.condition
+            if condition.state != "ready":
+                reason = condition.reason or "it is being loaded"
+                raise busy(503, f"the engine is not ready ({condition.state}): {reason}", code="engine.not-ready")
+        except ApiError as error:
+            self.measures.rejections.add(error.code)
+            raise
+
+    def warm_up(self) -> None:
+        """Make the compiler of grammars before the first request needs it."""
+        if self._compiler is None:
+            self._compiler = asyncio.create_task(asyncio.to_thread(self._make_compiler))
+
+    async def compiled(self, constraint: Constraint | None) -> Compiled | None:
+        """Return a constraint as a grammar. Equal ones are compiled once; a client that goes away stops nothing."""
+        if constraint is None:
+            return None
+        self.warm_up()
+        assert self._compiler is not None
+        compiler = await asyncio.shield(self._compiler)
+        begun_s = self.measures.clock()
+        future = asyncio.wrap_future(compiler.submit(constraint))
+        future.add_done_callback(_looked_at)
+        try:
+            compiled = await asyncio.shield(future)
+        except FerryError as error:
+            raise as_api_error(error, constraint.field) from error
+        self.measures.compiling.observe(self.measures.clock() - begun_s)
+        return compiled
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the tokens of a text; of a long one without stopping the others."""
+        if len(text) < LONG_TEXT:
+            return self.model.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.model.encode, text, add_special_tokens)
+
+    async def run(self, wanted: Sequence[Asked], came_s: float) -> AsyncIterator[Piece]:
+        """Return what is new of any of the answers of one request, from its coming in on."""
+        answers = [answer(self.engine, self.model, asked, self.measures, came_s) for asked in wanted]
+        timeout_s = self.settings.request_timeout_s
+        try:
+            async with self.gate.visit(self.measures.queue.observe) as visit:
+                pieces = together(visit, answers)
+                async with closing(pieces if timeout_s is None else _in_time(pieces, came_s + timeout_s)) as found:
+                    async for piece in found:
+                        self._count(piece)
+                        yield piece
+        finally:
+            self.measures.whole.observe(self.measures.clock() - came_s)
+
+    def problem(self, error: Exception, request_id: str) -> ApiError:
+        """Return any error as an answer; a defect of ours is told to the operator, not to the client."""
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, FerryError):
+            return as_api_error(error)
+        import traceback
+
+        self.note("defect", {"request_id": request_id, "traceback": "".join(traceback.format_exception(error))})
+        return ApiError(500, f"a defect of this server ({type(error).__name__}); it is in its log", code="internal")
+
+    async def close(self) -> None:
+        """End the threads that compile grammars."""
+        if self._compiler is not None:
+            compiler = await self._compiler
+            await asyncio.to_thread(compiler.close)
+
+    def _make_compiler(self) -> Compiler:
+        ends = [token for token in self.limits.end_token_ids if token < self.limits.num_tokens]
+        tokenizer = tokenizer_of(self.model.vocabulary.source, self.limits.num_tokens, ends)
+        return Compiler(tokenizer, time_limit_s=self.settings.guided_time_limit_s)
+
+    def _count(self, piece: Piece) -> None:
+        measures = self.measures
+        measures.generated_tokens.add(amount=piece.num_generated)
+        measures.cached_tokens.add(amount=piece.num_cached)
+        if piece.finish:
+            measures.answers.add(piece.finish)
+        if piece.verdict is not None:
+            verdict = "valid" if piece.verdict.valid else "cut" if piece.verdict.cut else "broken"
+            measures.guided.add(verdict)
+            if verdict == "broken":
+                self.note("broken promise", {"reason": piece.verdict.reason, "pointer": piece.verdict.pointer})
+
+
+def new_id(kind: str) -> str:
+    """Return the id of a new answer."""
+    return f"{kind}-{uuid.uuid4().hex}"
+
+
+async def _in_time(pieces: AsyncIterator[Piece], deadline_s: float) -> AsyncIterator[Piece]:
+    async with closing(pieces) as open_pieces:
+        while True:
+            try:
+                piece = await asyncio.wait_for(open_pieces.__anext__(), max(deadline_s - time.monotonic(), 0))
+            except StopAsyncIteration:
+                return
+            except asyncio.TimeoutError:
+                raise busy(503, "the request took longer than this server allows", code="serve.timeout") from None
+            yield piece
+
+
+def _looked_at(future: asyncio.Future[Compiled]) -> None:
+    """Take the error of a grammar that nobody waits for any more."""
+    if not future.cancelled():
+        future.exception()
