@@ -85,8 +85,16 @@ def test_a_token_of_zeros_gives_the_bias() -> None:
     assert torch.equal(Linear8(integers, bias)(torch.zeros(2, 1, 8)), bias.expand(2, 1, 3))
 
 
-@pytest.mark.parametrize("scheme", [W8A8, W8A8_STATIC, W8A8_TENSOR], ids=lambda one: f"{one.group}-{one.activations}")
-@pytest.mark.parametrize("name", ["llama", "qwen2-tied", "llama-tied-stored-head"])
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("llama", W8A8),
+        ("llama", W8A8_STATIC),
+        ("llama", W8A8_TENSOR),
+        ("qwen2-tied", W8A8),
+        ("llama-tied-stored-head", W8A8),
+    ],
+)
 def test_a_w8a8_checkpoint_computes_what_its_integers_mean(
     name: str, scheme: Scheme, models: Shelf, tmp_path: Path
 ) -> None:
@@ -150,6 +158,13 @@ def test_rounding_while_loading_gives_the_integers_of_the_rule(models: Shelf) ->
     expected_rows = expected_logits(models("llama"), integers, some_ids())
     found = logits_of(executor, some_ids())
     torch.testing.assert_close(found, expected_rows, rtol=1e-3, atol=1e-3 * expected_rows.abs().max())
+
+
+def test_scales_and_rotary_frequencies_stay_float32_whatever_is_computed_in(models: Shelf) -> None:
+    model = opened(models("llama"), dtype="bfloat16", quantization="w8a8").model
+    assert model.dtype == model.lm_head.weight.dtype == torch.bfloat16
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert {module.scales_N.dtype for module in model.modules() if isinstance(module, Linear8)} == {torch.float32}
 
 
 def test_what_cannot_be_rounded_is_named(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import NAME, Door
+from house import NAME, Door
 from openai import OpenAI
 
 USER: Any = [{"role": "user", "content": "hi"}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from conftest import NAME, Door, House
+from house import NAME, Door, House
 from openai import OpenAI
 
 

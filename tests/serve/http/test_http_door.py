@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import NAME, Door, House
+from house import NAME, Door, House
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 

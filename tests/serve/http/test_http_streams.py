@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import NAME, Door, House
+from house import NAME, Door, House
 from openai import OpenAI
 
 LONG = {"prompt": "hi", "max_tokens": 1900, "temperature": 0, "ignore_eos": True}

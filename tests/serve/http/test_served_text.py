@@ -1,4 +1,4 @@
-"""Text of a model: characters are never torn, stop texts do not depend on tokens, templates are those of the library."""
+"""A model's text: characters are never torn, stop texts do not depend on tokens, templates as the library has them."""
 
 from __future__ import annotations
 
@@ -99,12 +99,13 @@ def test_stop_texts_do_not_depend_on_pieces(text: str, stops: list[str], include
         assert not any(stop in text[: len(kept) + len(whole[1]) - 1] for stop in stops)
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"ä": [1]}}}
 MESSAGES = [
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": "Grüße\n  <b>"},
-    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"ä": [1]}}}]},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
     {"role": "tool", "content": "7"},
-]  # fmt: skip
+]
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "<ä>", "parameters": {"type": "object"}}}]
 
 
@@ -133,9 +134,8 @@ def test_calls_and_tools_that_a_template_does_not_know_become_text() -> None:
 def test_arguments_of_calls_may_be_json_text(small_model: Path) -> None:
     model = open_text(small_model)
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": json.dumps({"ä": [1]})}}
-    assert model.render_chat([*MESSAGES[:2], {"role": "assistant", "content": None, "tool_calls": [call]}, MESSAGES[3]]) == (
-        model.render_chat(MESSAGES)
-    )  # fmt: skip
+    written = {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert model.render_chat([*MESSAGES[:2], written, MESSAGES[3]]) == model.render_chat(MESSAGES)
 
 
 def test_what_a_template_refuses_is_an_error_of_the_conversation(small_model: Path) -> None:

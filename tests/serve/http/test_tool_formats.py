@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -16,14 +17,14 @@ ANSWERS = [
     (TAGGED, 'Let me see.\n<tool_call>{"name": "f", "arguments": {}}</tool_call>', "Let me see.\n", ["f {}"]),
     (
         TAGGED,
-        '<tool_call>\n{"name": "f", "arguments": {"a": "</x>"}}\n</tool_call>\n<tool_call>\n{"name": "g"}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": {"a": "</"}}\n</tool_call>\n<tool_call>\n{"name": "g"}\n</tool_call>',
         "",
-        ['f {"a": "</x>"}', "g {}"],
+        ['f {"a": "</"}', "g {}"],
     ),
     (TAGGED, "1 < 2 and <tool> is no call", "1 < 2 and <tool> is no call", []),
     (TAGGED, '<tool_call>{"name": </tool_call>!', '<tool_call>{"name": </tool_call>!', []),
     (TAGGED, '<tool_call>{"name": "f"', '<tool_call>{"name": "f"', []),
-    (LISTED, '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]', "", ['f {"a": 1}', "g {}"]),
+    (LISTED, '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}, {"name": "g"}]', "", ['f {"a": 1}', "g {}"]),
     (LISTED, 'I call.[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[ARGS]{}', "I call.", ['f {"a": 1}', "g {}"]),
     (LISTED, "[1, 2] [TOOL] is text", "[1, 2] [TOOL] is text", []),
     (BARE, '{"name": "f", "parameters": {"a": 1}}', "", ['f {"a": 1}']),
@@ -50,7 +51,7 @@ def test_calls_and_text_are_parted(form: object, answer: str, text: str, calls: 
 def test_pieces_do_not_matter(row: tuple[object, str, str, list[str]], cuts: list[int]) -> None:
     form, answer, text, calls = row
     edges = sorted({0, len(answer), *(min(cut, len(answer)) for cut in cuts)})
-    assert read(form, [answer[a:b] for a, b in zip(edges, edges[1:], strict=False)]) == (text, calls)
+    assert read(form, [answer[a:b] for a, b in pairwise(edges)]) == (text, calls)
 
 
 @given(st.sampled_from(FORMATS), st.text(alphabet='<tol_ca>/[TOOL_CALLS]{"name":} \n;', max_size=60))

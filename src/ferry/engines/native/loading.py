@@ -50,15 +50,14 @@ def load(settings: EngineSettings, dtype: torch.dtype) -> Loaded:
     if format_of(settings.model):
         checkpoint = open_quantized(settings.model)
         del config.quantization_config
-        (scheme,) = set(checkpoint.schemes.values())
+        scheme = next(iter(checkpoint.schemes.values()))
         if scheme.bits == 8 and scheme.activations:
             return Loaded(_of_integers(config, checkpoint, dtype), scheme.name, ())
         note = f"{scheme.name} weights are computed as floats: they take the memory of a float model"
         return Loaded(_of_transformers(settings, config, dtype, _floats(checkpoint, dtype)), scheme.name, (note,))
     if settings.quantization == ROUND_TO:
         model = _of_transformers(settings, config, "auto")
-        notes = _round(model)
-        return Loaded(model.to(dtype), W8A8.name, notes)
+        return Loaded(model, W8A8.name, _round(model, dtype))
     return Loaded(_of_transformers(settings, config, dtype), "", ())
 
 
@@ -148,9 +147,8 @@ def _of_integers(config: Any, checkpoint: QuantizedCheckpoint, dtype: torch.dtyp
         router = checkpoint.model.part(ROUTER, layer).name
         moved[router] = family.modules[ROUTER].format(layer=layer)
         _put_experts(model, checkpoint, layer, family.modules[EXPERT_UP].format(layer=layer).rpartition(".")[0])
-    experts = {name for module in checkpoint.schemes for name in [module] if _is_expert(checkpoint, module)}
     for module in checkpoint.schemes:
-        if module not in experts:
+        if not _is_expert(checkpoint, module):
             bias = floats.pop(f"{module}.bias", None)
             _replace(model, module, Linear8(checkpoint.integers(module), bias))
     for name, value in floats.items():
@@ -183,8 +181,9 @@ def _put_experts(model: Any, checkpoint: QuantizedCheckpoint, layer: int, path: 
     _replace(model, path, Experts(made[EXPERT_GATE], made[EXPERT_UP], made[EXPERT_DOWN], fused.act_fn))
 
 
-def _round(model: Any) -> tuple[str, ...]:
-    """Round the linears of all layers to 8 bits, one by one; what stays float is named."""
+def _round(model: Any, dtype: torch.dtype) -> tuple[str, ...]:
+    """Round the linears of all layers to 8 bits, one by one, from what is stored; the rest is in `dtype` then."""
+    rounded: dict[str, Linear8] = {}
     kept = []
     inside = _layer_modules(model)
     for path, module in list(model.named_modules()):
@@ -192,10 +191,15 @@ def _round(model: Any) -> tuple[str, ...]:
             continue
         if type(module) is nn.Linear:
             weight = module.weight.detach().to(torch.float32).numpy()
-            _replace(model, path, Linear8(quantize(weight, W8A8, "F32"), module.bias))
-            module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+            rounded[path] = Linear8(quantize(weight, W8A8, "F32"), module.bias)
+            _replace(model, path, nn.Identity())
         elif any(parameter.ndim > 1 for parameter in module.parameters(recurse=False)):
             kept.append(path)
+    for parameter in model.parameters():
+        # Not `model.to`: rotary frequencies are buffers, and stay float32 as scales do.
+        parameter.data = parameter.data.to(dtype)
+    for path, linear in rounded.items():
+        _replace(model, path, linear)
     if not kept:
         return ()
     return (f"{len(kept)} modules of the layers are no linears and stay float, as {kept[0]}",)

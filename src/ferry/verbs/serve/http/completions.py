@@ -107,7 +107,7 @@ async def _tokens(served: Served, body: CompletionBody) -> list[Sequence[int]]:
     if not given:
         raise wrong("prompt", "prompt is an empty list, expected a text or tokens")
     if isinstance(given[0], int):
-        return [given]  # type: ignore[list-item]
+        return [given]
     if len(given) > MAX_PROMPTS:
         raise wrong("prompt", f"prompt has {len(given):,} prompts, more than {MAX_PROMPTS:,}")
     return [
