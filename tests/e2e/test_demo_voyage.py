@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from conftest import SMOLLM2_SHA256, without_hub
@@ -20,6 +21,7 @@ STEPS = [
     "model", "look", "ask-before", "shards", "verify-shards", "reshard", "back", "verify-back", "ask-after", "text",
     "perplexity-before", "train", "train-pp2", "same-losses", "perplexity-after", "verify-merged", "ask-trained",
     "quantized", "verify-quantized", "ask-quantized", "perplexity-quantized",
+    "served", "served-under-schema",
 ]  # fmt: skip
 CHANGED = {"train", "train-pp2", "verify-merged", "quantized", "verify-quantized"}
 """Steps whose model is another one, and says so."""
@@ -51,7 +53,7 @@ def test_a_real_model_goes_to_megatron_shards_and_comes_home_bit_for_bit(
     fingerprints = {entry["result"].get("model_sha256") for name, entry in steps.items() if name not in CHANGED}
     assert fingerprints - {None} == {SMOLLM2_SHA256}
     assert "Paris" in steps["ask-after"]["result"]["answer"]
-    assert len(result["gates"]) == 16
+    assert len(result["gates"]) == 18
     assert all(gate["holds"] for gate in result["gates"])
 
 
@@ -79,6 +81,17 @@ def test_the_quantized_model_answers_and_transformers_finds_it_as_near_as_its_pr
     assert judged["perplexity_original"] == pytest.approx(steps["perplexity-after"]["perplexity"], rel=1e-6)
 
 
+def test_the_served_model_answers_as_transformers_does_and_keeps_a_schema(
+    output: Path, smollm2: Path, test_cache: Path
+) -> None:
+    steps = {entry["name"]: entry["result"] for entry in run(output, test_cache / "home")["steps"]}
+    assert steps["served"]["answer"] == steps["ask-trained"]["answer"]
+    schema = json.loads((DEMO.parent / "character.schema.json").read_text(encoding="utf-8"))
+    answer = json.loads(steps["served-under-schema"]["answer"])
+    jsonschema.validate(answer, schema)
+    assert steps["served-under-schema"]["guided"]["valid"]
+
+
 def test_the_second_voyage_makes_nothing_again(output: Path, smollm2: Path, test_cache: Path) -> None:
     result = run(output, test_cache / "home")
     assert {entry["status"] for entry in result["steps"]} == {"skipped"}
@@ -98,6 +111,7 @@ def test_the_report_shows_everything_and_needs_nothing_else(output: Path) -> Non
         "loss by step",
         "held-out perplexity after",
         "KL to the original",
+        "Describe a knight",
         "steps.back.model_sha256 == steps.model.model_sha256",
         "model.layers.29.mlp.down_proj.weight",
         *STEPS,

@@ -75,7 +75,8 @@ def _answer_once(session: Session, prompt: str, reporter: Reporter) -> Result:
     elif not answer.is_kept:
         reporter.say(facts(answer))
     known = {**answer.to_json(), "shown": screen is not None}
-    return {"model": session.name, "url": session.server.address, "answer": known.pop("text"), **known}
+    found = {"model": session.name, "url": session.server.address, "question": prompt, "answer": known.pop("text")}
+    return {**found, **known}
 
 
 def _converse(session: Session, screen: Screen) -> None:
