@@ -8,9 +8,12 @@ import json
 from importlib.util import find_spec
 from typing import Any
 
+from ferry.core.errors import FerryError
 from ferry.engines.engine import Engine, EngineKind, EngineSettings, Verdict
 
-NEEDED = ("torch", "transformers", "llguidance", "tokenizers")
+NEEDED = ("llguidance", "tokenizers")
+FOR_OTHER_MODELS = ("torch", "transformers")
+"""Needed for models that the kernels do not run."""
 
 
 def _available(settings: EngineSettings) -> Verdict:
@@ -32,7 +35,19 @@ def _runs(settings: EngineSettings) -> Verdict:
         return Verdict(False, "an encoder with a decoder is not a causal model")
     if not any(settings.model.glob("*.safetensors")):
         return Verdict(False, f"{settings.model} has no weights in safetensors: `ferry convert` makes some")
-    return Verdict(True, "it runs Hugging Face directories on the processor")
+    from ferry.engines.native.fast import why_not
+
+    try:
+        reason = why_not(settings)
+    except FerryError as error:  # incomplete weights, a quantization that Ferry does not read
+        return Verdict(False, str(error))
+    if not reason:
+        return Verdict(True, "its kernels run this model")
+    missing = [name for name in FOR_OTHER_MODELS if find_spec(name) is None]
+    if missing:
+        need = f"{' and '.join(missing)} would be needed: pip install 'llmferry[serve,train]'"
+        return Verdict(False, f"{reason}; {need}")
+    return Verdict(True, f"transformers computes it: {reason}")
 
 
 def _make(settings: EngineSettings) -> Engine:
@@ -44,7 +59,7 @@ def _make(settings: EngineSettings) -> Engine:
 ENGINE = EngineKind(
     name="native",
     rank=50,
-    summary="Ferry's own: torch, paged cache, continuous batching, W8A8",
+    summary="Ferry's own: paged cache, continuous batching, W8A8; own kernels, or transformers",
     available=_available,
     runs=_runs,
     make=_make,

@@ -63,13 +63,12 @@ class Executor(Protocol):
 
 
 def open_executor(settings: EngineSettings) -> Executor:
-    """Load a model; by Ferry's own kernels where they run it, else by transformers, which then says so in its notes."""
-    from ferry.engines.native.fast import open_fast
+    """Load a model; the fast executor where the kernels run it, else the generic one, whose notes say why."""
+    from ferry.engines.native.fast import open_fast, why_not
 
-    fast = open_fast(settings)
+    fast: Executor | None = open_fast(settings)
     if fast is not None:
         return fast
-    # Only now: this imports torch.
     from ferry.engines.native.generic import open_generic
 
-    return open_generic(settings, note="Ferry's kernels do not run this model here: transformers computes it")
+    return open_generic(settings, note=f"transformers computes it: {why_not(settings)}")

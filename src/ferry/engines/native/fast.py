@@ -29,7 +29,7 @@ from ferry.engines.native.library import (
 )
 from ferry.engines.native.limits import context_length, num_threads
 from ferry.engines.native.packing import Weights
-from ferry.families.registry import families, read_config
+from ferry.families.registry import detect, families, read_config
 
 KNOWN_ROLES = {
     f.EMBEDDING, f.HEAD, f.FINAL_NORM, f.ATTENTION_NORM, f.MLP_NORM, f.QUERY, f.KEY, f.VALUE, f.ATTENTION_OUT,
@@ -39,34 +39,57 @@ ROUND_TO = "w8a8"
 
 
 def open_fast(settings: EngineSettings) -> FastExecutor | None:
-    """Return the model with its weights; None where the kernels do not run it, or another type is asked for."""
-    library = load()
-    config = read_config(settings.model / "config.json")
-    plain = _llama_like(config)
-    if library is None or plain is None or settings.dtype not in ("auto", "float32"):
+    """Return the model with its weights; None where `why_not` has a reason."""
+    if why_not(settings):
         return None
-    if (settings.block_size or DEFAULT_BLOCK_SIZE) % PANEL or settings.quantization not in ("", ROUND_TO):
-        return None
+    library, plain = load(), _family(read_config(settings.model / "config.json")).llama_like
+    assert library is not None
+    assert plain is not None
     with Weights(settings.model, library, rounded=settings.quantization == ROUND_TO) as weights:
-        dims = weights.model.dims
-        if not set(weights.model.roles) <= KNOWN_ROLES or dims.head_dim % PANEL or dims.head_dim > MAX_HEAD_DIM:
-            return None
-        if not weights.can_be_packed():
-            return None
         return FastExecutor(settings, library, weights, plain)
 
 
-def _llama_like(config: dict[str, Any]) -> LlamaLike | None:
-    kinds = [family for family in families().values() if config.get("model_type") in family.model_types]
-    found = next((family for family in kinds if family.matches is None or family.matches(config)), None)
-    is_plain = (
-        config.get("hidden_act", "silu") == "silu"
-        and config.get("rms_norm_eps") is not None
-        and not config.get("attention_bias")
-        and not config.get("mlp_bias")
-        and rotary.is_known(config)
-    )
-    return found.llama_like if found and is_plain else None
+def why_not(settings: EngineSettings) -> str:
+    """Return why the kernels do not run a model with these settings; "" where they do. Reads headers only."""
+    library, config = load(), read_config(settings.model / "config.json")
+    if library is None:
+        return "the kernels were not compiled when Ferry was installed"
+    reason = _not_llama_like(config)
+    if reason:
+        return reason
+    if settings.dtype not in ("auto", "float32"):
+        return f"the kernels compute in float32, and --dtype {settings.dtype} is asked for"
+    if (settings.block_size or DEFAULT_BLOCK_SIZE) % PANEL:
+        return f"the kernels need a block size that is a multiple of {PANEL}"
+    if settings.quantization not in ("", ROUND_TO):
+        return f"the kernels do not know --quantization {settings.quantization}"
+    with Weights(settings.model, library, rounded=False) as weights:
+        dims = weights.model.dims
+        if not set(weights.model.roles) <= KNOWN_ROLES:
+            return "it has weights that the kernels do not know"
+        if dims.head_dim % PANEL or dims.head_dim > MAX_HEAD_DIM:
+            return f"the kernels need heads of a multiple of {PANEL} channels up to {MAX_HEAD_DIM}, not {dims.head_dim}"
+        if not weights.can_be_packed():
+            return "the kernels know 8-bit weights with activations rounded token by token, and floats"
+    return ""
+
+
+def _family(config: dict[str, Any]) -> f.Family:
+    return detect(config, "config.json")
+
+
+def _not_llama_like(config: dict[str, Any]) -> str:
+    known = {kind for family in families().values() if family.llama_like for kind in family.model_types}
+    if config.get("model_type") not in known or _family(config).llama_like is None:
+        return f"the kernels run {', '.join(sorted(known))}, and this is {config.get('model_type')}"
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            return f"the kernels have no {key}"
+    if config.get("hidden_act", "silu") != "silu":
+        return f"the kernels have a SiLU gate, not {config['hidden_act']}"
+    if config.get("rms_norm_eps") is None or not rotary.is_known(config):
+        return "its config.json leaves open, or sets otherwise, what the kernels need to know of norms or positions"
+    return ""
 
 
 class FastExecutor:
