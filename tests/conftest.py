@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from surroundings import REPOSITORY, SMOLLM2_SHA256, without_hub
+
 if TYPE_CHECKING:
     from models import Shelf
-
-REPOSITORY = Path(__file__).parent.parent
-SMOLLM2_SHA256 = "28d23e373e32314d378456e8752b5b62f45d33341cadc248e1b3569354dd27e6"
 
 
 @pytest.fixture(autouse=True)
@@ -64,11 +63,6 @@ def smollm2_gguf(smollm2: Path, test_cache: Path) -> Path:
     """The GGUF file that `smollm2` was made from."""
     (path,) = (test_cache / "home" / "cache" / "gguf").glob("*/*.gguf")
     return path
-
-
-def without_hub(environ: os._Environ[str] | dict[str, str]) -> dict[str, str]:
-    """Return an environment in which no hub can be reached and no cache of one is seen."""
-    return {**environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from conftest import SMOLLM2_SHA256, without_hub
+from surroundings import SMOLLM2_SHA256, without_hub
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.yaml"
 STEPS = [

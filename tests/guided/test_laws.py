@@ -53,9 +53,12 @@ def judge(seed: int, schema: object, values: list[object]) -> bool:
     for value in values:
         if num_spellings(value) < 1000:
             assert writes(matcher, value) is is_valid(schema, json.dumps(value)), (seed, schema, value)
+    # What is written without unlisted names is part of it, and never nothing.
+    written = automaton(schema, unlisted=False)
     for trial in range(5):
-        text = walk(matcher, Random(seed * 10 + trial))
-        assert text is None or is_valid(schema, text), (seed, schema, text)
+        for each in (matcher, written):
+            text = walk(each, Random(seed * 10 + trial))
+            assert text is None or is_valid(schema, text), (seed, schema, text)
     return True
 
 

@@ -94,6 +94,29 @@ def test_the_schema_of_the_manual_is_kept(change: dict[str, Any], valid: bool) -
     assert check_json(MANUAL, text).valid is valid
 
 
+def test_names_that_a_schema_does_not_list_are_written_only_where_it_asks_for_them() -> None:
+    more = compact(KNIGHT | {"bonus": 1})
+    assert check_json(MANUAL, more).valid
+    assert not accepts(automaton(MANUAL, unlisted=False), more)
+    assert accepts(automaton(MANUAL, unlisted=False), compact(KNIGHT))
+    for others, wanted in ((True, 1), ({}, 1), ({"type": "integer"}, 1), ({"type": "string"}, "x")):
+        schema = MANUAL | {"additionalProperties": others}
+        assert accepts(automaton(schema, unlisted=False), compact(KNIGHT | {"bonus": wanted})), others
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"type": "object"}, '{"a":1}'),
+        ({"type": "object", "minProperties": 1}, '{"z":0}'),
+        ({"properties": {"a": {"const": 1}}, "required": ["a", "b"]}, '{"a":1,"b":2}'),
+        ({"type": "object", "patternProperties": {"^x": {"type": "integer"}}}, '{"x1":1,"y":2}'),
+    ],
+)
+def test_names_are_still_written_where_nothing_is_listed_or_more_are_needed(schema: Any, text: str) -> None:
+    assert accepts(automaton(schema, unlisted=False), text)
+
+
 def test_a_required_property_cannot_be_left_out() -> None:
     without = {name: value for name, value in KNIGHT.items() if name != "strength"}
     assert not accepts(automaton(MANUAL), compact(without))

@@ -18,10 +18,11 @@ from ferry.guided.request import Constraint
 MAX_SPELLINGS = 2000
 
 
-def automaton(schema: Any, whitespace: str | None = None) -> LLMatcher:
-    """Return the automaton of a schema over bytes."""
+def automaton(schema: Any, whitespace: str | None = None, *, unlisted: bool = True) -> LLMatcher:
+    """Return the automaton of a schema over bytes: of exactly the schema, or of what is written of it."""
     constraint = Constraint("json", json.dumps(schema), "guided_json", whitespace)
-    matcher = LLMatcher(byte_tokenizer(), LLMatcher.grammar_from_lark(build(constraint).lark), log_level=0)
+    lark = build(constraint, unlisted=unlisted).lark
+    matcher = LLMatcher(byte_tokenizer(), LLMatcher.grammar_from_lark(lark), log_level=0)
     assert not matcher.is_error(), matcher.get_error()
     return matcher
 

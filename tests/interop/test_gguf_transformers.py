@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -225,17 +227,23 @@ def test_types_that_can_only_be_read_are_bit_equal_to_transformers(kind: Type, t
     assert_same(ours, judged_tensors(tmp_path / "model.gguf"))
 
 
+@pytest.fixture(scope="module")
+def with_pre(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    """Tokenizers by the name of their pre-tokenizer; each is read once."""
+    return cache(lambda pre: tokenizers_with_pre(pre, smollm2_gguf, tmp_path_factory.mktemp("pre")))
+
+
 @pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2"])
-def test_other_pre_tokenizers_give_the_same_ids_as_transformers(pre: str, smollm2_gguf: Path, tmp_path: Path) -> None:
-    ours, theirs = tokenizers_with_pre(pre, smollm2_gguf, tmp_path)
+def test_other_pre_tokenizers_give_the_same_ids_as_transformers(pre: str, with_pre: Callable[[str], Pair]) -> None:
+    ours, theirs = with_pre(pre)
     for text in [*TEXTS, *NUMBERS]:
         bos = [1] if pre == "llama-bpe" else []
         assert ours.encode(text) == bos + theirs.encode(text, add_special_tokens=False)
 
 
-def test_qwen2_composes_characters_as_its_original_does(smollm2_gguf: Path, tmp_path: Path) -> None:
+def test_qwen2_composes_characters_as_its_original_does(with_pre: Callable[[str], Pair]) -> None:
     """Qwen2's tokenizer.json has an NFC normalizer; transformers 5.23's GGUF conversion leaves it out."""
-    ours, theirs = tokenizers_with_pre("qwen2", smollm2_gguf, tmp_path)
+    ours, theirs = with_pre("qwen2")
     assert ours.encode(DECOMPOSED) == ours.encode("café Å") == theirs.encode("café Å", add_special_tokens=False)
 
 

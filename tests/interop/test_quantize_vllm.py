@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ferry
-from conftest import REPOSITORY, without_hub
+from surroundings import REPOSITORY, without_hub
 
 ENVIRONMENTS = REPOSITORY / "benchmarks/quantize/environments.py"
 NO_DOWNLOAD = 3

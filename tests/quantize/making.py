@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import without_hub
 from ferry.core.gather import Sources
 from ferry.core.progress import Reporter
 from ferry.core.verb import Result
@@ -33,6 +32,8 @@ from ferry.verbs.quantize import run as verb
 from ferry.verbs.quantize.config import QuantizeConfig
 from ferry.verbs.quantize.manual import resolve
 from ferry.verbs.quantize.plan import prepare
+from forked import REAL, Forked
+from surroundings import without_hub
 from words import words_of
 
 SPECIAL = ("<unk>", "<s>", "</s>")
@@ -155,7 +156,7 @@ def flags(**options: Any) -> list[str]:
     return words_of(with_few(options))
 
 
-def start(log: Path, *words: str, program: Sequence[str] = ("-m", "ferry")) -> subprocess.Popen[bytes]:
+def start(log: Path, *words: str, program: Sequence[str] = REAL) -> subprocess.Popen[bytes]:
     """Start `ferry quantize`; what it says goes to a file."""
     with open(log, "ab") as file:
         return subprocess.Popen(
@@ -163,6 +164,11 @@ def start(log: Path, *words: str, program: Sequence[str] = ("-m", "ferry")) -> s
             env=without_hub({**os.environ, "OMP_NUM_THREADS": "1"}), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             start_new_session=True,
         )  # fmt: skip
+
+
+def forked(log: Path, *words: str) -> Forked:
+    """The same, forked from this process, which has imported what it needs."""
+    return Forked(log, ["quantize", *words], without_hub({**os.environ, "OMP_NUM_THREADS": "1"}))
 
 
 def files_of(directory: Path, *, but: Sequence[str] = ("ferry.json",)) -> dict[str, str]:

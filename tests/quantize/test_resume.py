@@ -24,7 +24,7 @@ from ferry.core.progress import Reporter
 from ferry.core.staging import StagedDirectory
 from ferry.verbs.quantize.journal import LINES, journal_of
 from ferry.verbs.quantize.plan import bytes_to_go
-from quantize.making import files_of, flags, hidden_beside, quantized, start
+from quantize.making import files_of, flags, forked, hidden_beside, quantized
 
 FORK = get_context("fork")
 MOMENT = threading.Event()
@@ -283,7 +283,7 @@ def test_a_run_that_is_asked_to_stop_keeps_its_work_and_says_how_to_go_on(
     number: signal.Signals, model: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
     options = {"model": model("llama-long"), "data": (str(text),), "samples": 24, "output": tmp_path / "out"}
-    process = start(tmp_path / "log", *flags(**options))
+    process = forked(tmp_path / "log", *flags(**options))
     while process.poll() is None and not num_lines(tmp_path / "out", 1):
         MOMENT.wait(0.002)
     os.kill(process.pid, number)

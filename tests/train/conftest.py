@@ -9,21 +9,24 @@ from typing import Any
 import pytest
 
 from ferry.verbs.train.config import TrainConfig
-from training import conversations, settings, texts, tiny
+from training import WHOLE_VOCABULARY, conversations, settings, texts, tiny
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
-    "qwen2": ("Qwen2", {"tie_word_embeddings": True, "vocab_size": 49155}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True, "vocab_size": 1027}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3-moe": ("Qwen3Moe", {
         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1], "head_dim": 8,
         "norm_topk_prob": True,
     }),
-    "small": ("Llama", {"hidden_size": 16, "intermediate_size": 32}),
-    "small-tied": ("Qwen2", {"hidden_size": 16, "intermediate_size": 32, "tie_word_embeddings": True}),
+    "wide": ("Llama", {"vocab_size": WHOLE_VOCABULARY}),
+    "small": ("Llama", {"hidden_size": 16, "intermediate_size": 32, "vocab_size": WHOLE_VOCABULARY}),
+    "small-tied": ("Qwen2", {
+        "hidden_size": 16, "intermediate_size": 32, "vocab_size": WHOLE_VOCABULARY, "tie_word_embeddings": True,
+    }),
 }  # fmt: skip
-"""The odd vocabulary of `qwen2` needs padding under tp. `small` is for tests that save often: most of a checkpoint is
-the embedding of a real tokenizer."""
+"""The odd vocabulary of `qwen2` needs padding under tp; its tokenizer has all of it. `wide` and `small` have the whole
+vocabulary: their steps and saves take long enough to be hit by a kill, and a checkpoint is larger than a limit."""
 
 
 @pytest.fixture(scope="session")

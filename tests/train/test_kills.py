@@ -11,13 +11,14 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ferry.formats import training
+from forked import REAL
 from training import Command, digests, events, flags, lines, losses, settings, train
 
 STEPS, SAVE_EVERY = 18, 3
@@ -29,8 +30,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "sft tp2": {"model": "small", "tp": 2},
     "sft pp2 tied": {"model": "small-tied", "pp": 2},
     "sft dp2 sharded": {"model": "small", "dp": 2},
-    "lora dp2": {"model": "llama", "dp": 2, "method": "lora", "lora": {"dropout": 0.1}},
-    "lora pp2": {"model": "llama", "pp": 2, "method": "lora"},
+    "lora dp2": {"model": "wide", "dp": 2, "method": "lora", "lora": {"dropout": 0.1}},
+    "lora pp2": {"model": "wide", "pp": 2, "method": "lora"},
 }
 
 
@@ -50,8 +51,8 @@ class Case:
     def options(self, output: Path) -> dict[str, Any]:
         return self.small_run(output=output, crew={"threads": 1, "max_failures": 20}, **self.fields)
 
-    def start(self, output: Path) -> Command:
-        return Command(self.top / f"{output.name}.log", *flags(**self.options(output)))
+    def start(self, output: Path, program: Sequence[str] = ()) -> Command:
+        return Command(self.top / f"{output.name}.log", *flags(**self.options(output)), program=program)
 
     def fresh(self) -> Path:
         self.num_runs += 1
@@ -185,7 +186,7 @@ def test_two_commands_do_not_train_in_one_directory(small_run: Any, model: Any, 
 def test_sigterm_saves_and_leaves_and_the_same_command_finishes(small_run: Any, model: Any, tmp_path: Path) -> None:
     case = Case(small_run, model, tmp_path, "sft pp2 tied")
     output = case.fresh()
-    command = case.start(output)
+    command = case.start(output, REAL)
     assert command.wait(lambda: len(lines(output / "metrics.jsonl")) >= 4), command.text()
     command.process.terminate()
     assert command.status() == 143, command.text()

@@ -113,7 +113,7 @@ def test_packing_and_micro_batches_change_no_loss(
 
 
 def test_each_rank_reads_only_its_slices(model: Callable[[str], Path]) -> None:
-    checkpoint = open_checkpoint(model("llama"))
+    checkpoint = open_checkpoint(model("wide"))
     (chunk,) = pipeline(checkpoint.model.dims.num_layers, 1)
     read = []
     for rank in range(2):

@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ferry.formats import training
+from forked import REAL
 from training import Command, events, flags, lines, settings, tiny, train
 
 Refused = Callable[..., str]
@@ -149,8 +150,9 @@ def test_a_model_with_an_infinite_weight_fails_at_the_first_step(small_run: Any,
 
 def test_a_dry_run_writes_nothing_and_says_what_it_would_do(small_run: Any, model: Any, tmp_path: Path) -> None:
     command = Command(
-        tmp_path / "log", *flags(**small_run(model("llama"), tmp_path / "run", tp=2)), "--dry-run", "--json"
-    )
+        tmp_path / "log", *flags(**small_run(model("llama"), tmp_path / "run", tp=2)), "--dry-run", "--json",
+        program=REAL,
+    )  # fmt: skip
     assert command.status() == 0, command.text()
     document = json.loads(command.text())
     assert document["details"]["mesh"] == {"tp": 2, "pp": 1, "vpp": 1, "dp": 1} if "details" in document else document

@@ -33,7 +33,7 @@ class EngineSettings:
     kv_cache_memory_bytes: int | None = None
     block_size: int | None = None
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int = 256
     prefix_caching: bool = True
     tensor_parallel_size: int = 1
     threads: int | None = None

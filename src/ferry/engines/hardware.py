@@ -46,11 +46,13 @@ class Place(NamedTuple):
     reserve_bytes: int
     """What an engine takes besides weights and cache."""
     on_cpu: bool = True
+    unpacks: bool = True
+    """Whether 4-bit weights become floats there, as in Ferry's own engine."""
 
 
-def machine(default_share: float | None = None, reserve_bytes: int = TORCH_BYTES) -> Place:
+def machine(reserve_bytes: int = TORCH_BYTES, *, unpacks: bool = True) -> Place:
     """Return the memory of this machine, or of the container it is seen from."""
-    return Place("this machine", total_memory_bytes(), free_memory_bytes(), default_share, reserve_bytes)
+    return Place("this machine", total_memory_bytes(), free_memory_bytes(), None, reserve_bytes, unpacks=unpacks)
 
 
 def nvidia(dev: Path = Path("/dev")) -> Accelerators:

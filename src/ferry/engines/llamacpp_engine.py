@@ -29,7 +29,7 @@ def _runs(settings: EngineSettings) -> Verdict:
 
 
 def _place(settings: EngineSettings) -> Place:
-    return machine(reserve_bytes=RESERVE_BYTES)
+    return machine(RESERVE_BYTES, unpacks=False)
 
 
 def _make(settings: EngineSettings) -> Engine:

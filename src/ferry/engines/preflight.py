@@ -32,6 +32,8 @@ ASSUMED_LENGTH = 2048
 """Tokens, where a config.json names no longest text: what vLLM assumes too."""
 LEAST_LENGTH = 256
 """A context shorter than this is no use to anybody: rather refuse."""
+VALUES_OF_A_BYTE = 2
+"""Of weights of 4 bits."""
 STEP = 16
 CACHED_TOKENS = 32 * 1024
 """Tokens that Ferry's own engine keeps room for where nobody says."""
@@ -82,6 +84,9 @@ def plan_memory(facts: ModelFacts, settings: EngineSettings, place: Place, dtype
     """Divide a device's memory; refuse what does not fit, saying what to lower and to what."""
     ranks = settings.tensor_parallel_size
     is_rounded = settings.quantization == "w8a8"
+    if place.unpacks and facts.scheme == "W4A16":
+        values = facts.float_values + facts.integer_bytes * VALUES_OF_A_BYTE
+        facts = replace(facts, float_values=values, integer_bytes=0)
     weights = facts.weights_bytes(dtype, is_rounded=is_rounded) // ranks
     per_token = -(-facts.cache_bytes_per_token(dtype) // ranks)
     length = settings.max_model_len or facts.max_positions or ASSUMED_LENGTH

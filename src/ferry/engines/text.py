@@ -35,6 +35,8 @@ class TextModel:
     """What generation_config.json says of `SAMPLING_NAMES`."""
     name: str = ""
     """The name of the directory, for messages."""
+    vocab_size: int = 0
+    """The width of the logits, as config.json says; 0 = it does not."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of a text, with what the model expects before it unless that is there already."""
@@ -88,7 +90,8 @@ def _open_directory(model_dir: Path, name: str, trust_remote_code: bool) -> Text
     vocabulary = open_vocabulary(model_dir, config, trust_remote_code)
     named = token_names(model_dir, config).get("eos_token")
     ids = [vocabulary.id_of(named)] if named else []
-    ids += _listed(generation.get("eos_token_id")) or _listed(_json(model_dir / "config.json").get("eos_token_id"))
+    model_config = _json(model_dir / "config.json")
+    ids += _listed(generation.get("eos_token_id")) or _listed(model_config.get("eos_token_id"))
     sampling = {name: generation[name] for name in SAMPLING_NAMES if isinstance(generation.get(name), (int, float))}
     return TextModel(
         vocabulary=vocabulary,
@@ -96,6 +99,7 @@ def _open_directory(model_dir: Path, name: str, trust_remote_code: bool) -> Text
         end_token_ids=tuple(dict.fromkeys(one for one in ids if one is not None)),
         default_sampling=sampling,
         name=name,
+        vocab_size=int((model_config.get("text_config") or model_config).get("vocab_size") or 0),
     )
 
 

@@ -55,10 +55,12 @@ def runs(settings: EngineSettings, environment: Environment, engine: str, accele
 def place(environment: Environment, accelerators: Accelerators) -> Place:
     """Return the memory it puts a model into."""
     if environment.is_for_cpu:
-        return machine(reserve_bytes=CPU_RESERVE_BYTES)
+        return machine(CPU_RESERVE_BYTES, unpacks=False)
     total = accelerators.total_bytes
     name = f"the {accelerators.name}" if accelerators.num_devices == 1 else f"each {accelerators.name}"
-    return Place(name, total, accelerators.free_bytes or total, DEFAULT_SHARE, DEVICE_RESERVE_BYTES, on_cpu=False)
+    return Place(
+        name, total, accelerators.free_bytes or total, DEFAULT_SHARE, DEVICE_RESERVE_BYTES, on_cpu=False, unpacks=False
+    )
 
 
 def make(name: str, settings: EngineSettings, environment: Environment, accelerators: Accelerators) -> Engine:

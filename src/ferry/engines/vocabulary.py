@@ -129,7 +129,8 @@ def _content(token: Any) -> str:
 
 def _spelling(backend: Any) -> str:
     """Return how a fast tokenizer writes its tokens: as bytes of GPT-2, as pieces of SentencePiece, or otherwise."""
-    decoder = json.loads(backend.to_str()).get("decoder")
+    # Its state is its part of tokenizer.json; to write out the whole would take as long as reading it.
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else None
     kinds = {part["type"] for part in _parts(decoder)}
     if "ByteLevel" in kinds:
         return "bytes"

@@ -25,12 +25,16 @@ class Grammar:
     notes: tuple[str, ...] = ()
 
 
-def build(constraint: Constraint, check_time: Callable[[], None] = lambda: None) -> Grammar:
-    """Return the grammar of a constraint; `check_time` is called often and may raise."""
+def build(constraint: Constraint, check_time: Callable[[], None] = lambda: None, *, unlisted: bool = False) -> Grammar:
+    """Return the grammar of a constraint; `check_time` is called often and may raise.
+
+    `unlisted`: also write properties that a schema neither lists nor speaks of; see `schema.rules_of`.
+    """
     if constraint.form == "json":
         # A whitespace pattern goes into the words themselves: llguidance repeats what it ignores.
         whitespace = constraint.whitespace and _slashed(constraint.whitespace)
-        rules = rules_of(json.loads(constraint.source), check_time=check_time, whitespace=whitespace)
+        schema = json.loads(constraint.source)
+        rules = rules_of(schema, check_time=check_time, whitespace=whitespace, unlisted=unlisted)
         return Grammar(f"{HEAD}start: {rules.start}\n{rules.lines}", (*constraint.notes, *rules.notes))
     if constraint.form == "choice":
         options = " | ".join(f"/{_slashed(regexes.exactly(one))}/" for one in json.loads(constraint.source))

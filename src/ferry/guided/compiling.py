@@ -92,6 +92,11 @@ class Compiler:
         self._made: OrderedDict[Constraint, Future[Compiled]] = OrderedDict()
         self._workers = ThreadPoolExecutor(num_threads, thread_name_prefix="ferry-guided")
 
+    @property
+    def num_tokens(self) -> int:
+        """The width of the masks."""
+        return int(self._tokenizer.vocab_size)
+
     def submit(self, constraint: Constraint) -> Future[Compiled]:
         """Return the future of a compiled grammar. Equal constraints share it: leave it, never cancel it."""
         with self._lock:

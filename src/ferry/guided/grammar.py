@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ferry.guided import numbers, texts
 from ferry.guided.algebra import Algebra
-from ferry.guided.objects import ObjectWriter, times
+from ferry.guided.objects import ObjectWriter, only_listed, times
 from ferry.guided.plans import (
     ChoicePlan,
     CountedPlan,
@@ -45,17 +45,21 @@ class ArrayPlan:
 Plan = ObjectPlan | ArrayPlan | CountedPlan | ChoicePlan | TuplesPlan | Null | Truth | Number | Text
 
 
-def rules(algebra: Algebra, start: Shape, prefix: str = "", whitespace: str | None = None) -> tuple[str, str]:
+def rules(
+    algebra: Algebra, start: Shape, prefix: str = "", whitespace: str | None = None, *, unlisted: bool = True
+) -> tuple[str, str]:
     """Return the name of the rule of an expression, and the lines of all rules; names begin with the prefix.
 
     `whitespace` is a pattern of what may stand around commas and colons and inside brackets; without it nothing may.
+    Without `unlisted`, objects that list properties get no others that the schema says nothing about.
     """
-    return _Writer(algebra, prefix, whitespace).rules(start)
+    return _Writer(algebra, prefix, whitespace, unlisted).rules(start)
 
 
 class _Writer:
-    def __init__(self, algebra: Algebra, prefix: str, whitespace: str | None) -> None:
+    def __init__(self, algebra: Algebra, prefix: str, whitespace: str | None, unlisted: bool) -> None:
         self.algebra = algebra
+        self.unlisted = unlisted
         self.prefix = prefix
         self.plans: dict[Shape, list[Plan]] = {}
         self.holding: set[Shape] = set()
@@ -316,7 +320,9 @@ class _Writer:
         return self.bracketed(f"{first}::0")
 
     def object(self, plan: ObjectPlan) -> str:
-        return ObjectWriter(self, plan).write()
+        # Every subschema has been read by now: one of them may have asked for them.
+        unlisted = self.unlisted or self.algebra.document.asks_for_unlisted
+        return ObjectWriter(self, plan if unlisted else only_listed(self.algebra, plan)).write()
 
 
 def _parts(plan: Plan) -> Iterator[Shape]:

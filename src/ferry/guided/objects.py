@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 from ferry.guided import texts
 from ferry.guided.algebra import Algebra
 from ferry.guided.plans import ObjectPlan, OpenProperties
-from ferry.guided.shapes import Shape
+from ferry.guided.shapes import ANY, Shape
+
+NOTE = "properties that the schema does not list are not written; additionalProperties: true asks for them"
 
 
 class RuleWriter(Protocol):
@@ -21,6 +24,19 @@ class RuleWriter(Protocol):
     def term(self, text: str) -> str: ...
 
     def fresh(self, body: str) -> str: ...
+
+
+def only_listed(algebra: Algebra, plan: ObjectPlan) -> ObjectPlan:
+    """Return a plan without names that its schema neither lists nor speaks of, where it lists some and they suffice.
+
+    Models that may go on with names of their own often do so until the limit of tokens.
+    """
+    spoken_of = tuple(one for one in plan.open if one.value != ANY)
+    if not plan.properties or plan.low > len(plan.properties) or len(spoken_of) == len(plan.open):
+        return plan
+    if NOTE not in algebra.document.notes:
+        algebra.document.notes.append(NOTE)
+    return replace(plan, open=spoken_of)
 
 
 class ObjectWriter:

@@ -65,6 +65,8 @@ class Document:
         self.siblings_of_ref = not draft or draft in DRAFTS[:2]
         self.contains_looks = draft != DRAFTS[1]
         self.notes: list[str] = []
+        self.asks_for_unlisted = False
+        """Whether an object with listed properties says `additionalProperties: true`, or `{}`."""
         self.pointers: list[str] = []
         self._contents: list[tuple[dict[str, Any], Any]] = []
         self._numbers: dict[int, int] = {}
@@ -264,6 +266,8 @@ class Reader:
         for text, value in patterns.items():
             keys = Text(patterns=frozenset({self.pattern(text, "patternProperties")}))
             rules.append(Rule(Only(keys), self.child(value, "patternProperties", text)))
+        if properties and self.schema.get("additionalProperties") in (True, {}):
+            self.document.asks_for_unlisted = True
         if self.schema.get("additionalProperties", True) is not True:
             others = Text(excluded=frozenset(properties), unmatched=frozenset(patterns))
             value = self.child(self.schema["additionalProperties"], "additionalProperties")

@@ -92,14 +92,22 @@ def megatron_write(
 def transformers_logits(
     hf_dir: Path, dtype: str = "fp32", *, tokens: list[list[int]] | None = None, **extra: Any
 ) -> np.ndarray:
-    """Return transformers' logits for the same tokens; `extra` goes to from_pretrained."""
+    """Return transformers' logits for the same tokens; `extra` goes to from_pretrained.
+
+    They are computed once for each directory, whose files must not change.
+    """
+    return _transformers_logits(hf_dir, json.dumps([_torch_name(dtype), tokens or TOKENS, extra]))
+
+
+@lru_cache(maxsize=64)
+def _transformers_logits(hf_dir: Path, options: str) -> np.ndarray:
+    dtype, tokens, extra = json.loads(options)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "logits.npy"
-        ask(
-            action="transformers", hf=str(hf_dir), out=str(out), dtype=_torch_name(dtype), extra=extra,
-            tokens=tokens or TOKENS,
-        )  # fmt: skip
-        return np.load(out)
+        ask(action="transformers", hf=str(hf_dir), out=str(out), dtype=dtype, extra=extra, tokens=tokens)
+        found: np.ndarray = np.load(out)
+        found.flags.writeable = False
+        return found
 
 
 def agreement(logits: np.ndarray, expected: np.ndarray) -> tuple[float, float]:

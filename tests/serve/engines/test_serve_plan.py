@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,12 @@ def test_memory_is_that_of_the_smallest_container_around(tmp_path: Path) -> None
         (tmp_path / name).write_text(text)
     assert free_memory_bytes(tmp_path) == 700_000
     assert total_memory_bytes(tmp_path) == 1_000_000
+
+
+def test_weights_of_4_bits_are_counted_as_floats_where_they_become_floats(tmp_path: Path) -> None:
+    directory = model_in(tmp_path / "awq", values=1000)
+    facts = replace(read_facts(directory), scheme="W4A16", format="awq", integer_bytes=10_000)
+    settings = EngineSettings(directory)
+    unpacked = plan_memory(facts, settings, laptop(16, 12), "float32")
+    kept = plan_memory(facts, settings, laptop(16, 12)._replace(unpacks=False), "float32")
+    assert (unpacked.weights_bytes, kept.weights_bytes) == (4 * 21_000, 4 * 1000 + 10_000)

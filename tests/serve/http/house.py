@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import httpx
 
@@ -51,13 +55,13 @@ class House:
         """Do something in the loop, and wait for it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=120)
 
-    def open(self, **settings: Any) -> Door:
-        """Open a server with settings that differ from the usual ones."""
-        return self.do(self._open(settings))
+    def open(self, engine: Engine | None = None, **settings: Any) -> Door:
+        """Open a server with settings that differ from the usual ones, before this engine or another."""
+        return self.do(self._open(engine or self.engine, settings))
 
-    async def _open(self, settings: dict[str, Any]) -> Door:
+    async def _open(self, engine: Engine, settings: dict[str, Any]) -> Door:
         defaults = HttpSettings(names=(NAME, str(self.path)), shown_names=(NAME,), max_num_seqs=8)
-        served = Served(self.engine, self.model, replace(defaults, **settings))
+        served = Served(engine, self.model, replace(defaults, **settings))
         bound = socket.socket()
         bound.bind(("127.0.0.1", 0))
         listener = Listener(make_app(served), bound)
@@ -78,3 +82,63 @@ class House:
         for listener, served in self._listeners:
             await listener.close()
             await served.close()
+
+
+class Output(threading.Thread):
+    """The lines that a process writes, and waiting for one of them."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        super().__init__(daemon=True)
+        self._stream = stream
+        self.lines: list[str] = []
+        self._is_over = False
+        self._more = threading.Condition()
+        self.start()
+
+    def run(self) -> None:
+        for line in self._stream:
+            with self._more:
+                self.lines.append(line)
+                self._more.notify_all()
+        with self._more:
+            self._is_over = True
+            self._more.notify_all()
+
+    def wait_for(self, word: str) -> str:
+        """Return the first line with a word in it."""
+        with self._more:
+            self._more.wait_for(lambda: self._is_over or any(word in line for line in self.lines), 60)
+            found = next((line for line in self.lines if word in line), None)
+        assert found, f"{word!r} is not in {self.lines}"
+        return found
+
+
+class ServeProcess(subprocess.Popen[str]):
+    """`ferry serve` as a command."""
+
+    def __init__(self, model: Path, home: Path, *words: str) -> None:
+        command = [sys.executable, "-m", "ferry", "serve", str(model), "--threads", "1", "--kv-cache-memory", "64MB"]
+        environment = {**os.environ, "FERRY_HOME": str(home)}
+        super().__init__([*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        assert self.stderr is not None
+        self.said = Output(self.stderr)
+
+    def end(self) -> str:
+        """Wait for its end and return its screen."""
+        assert self.stdout is not None
+        screen = self.stdout.read()
+        self.wait(timeout=60)
+        return screen
+
+
+@contextmanager
+def served_by_command(model: Path, home: Path, *words: str) -> Iterator[tuple[ServeProcess, str]]:
+    """Run `ferry serve` until it is ready; give its process and its address."""
+    process = ServeProcess(model, home, "--port", "0", *words)
+    try:
+        url = process.said.wait_for("listening on").split("listening on ")[1].split(";")[0]
+        process.said.wait_for("ready after")
+        yield process, url
+    finally:
+        process.kill()
+        process.wait()

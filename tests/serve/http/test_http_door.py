@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from house import NAME, Door, House
+from house import NAME, Door, House, served_by_command
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
+
+from ferry.engines.engine import EngineSettings, find
 
 
 def test_a_key_is_needed_where_keys_are_set(house: House) -> None:
@@ -46,6 +44,19 @@ def test_probes_answer(door: Door) -> None:
     assert door.client.get("/health").json() == {"status": "alive"}
     assert door.client.get("/ready").json() == {"status": "ready", "model": NAME, "engine": "native"}
     assert door.client.get("/version").json()["version"]
+
+
+def test_a_server_answers_before_its_engine_does(house: House) -> None:
+    early = house.open(engine=find("native").make(EngineSettings(house.path)))
+    assert early.client.get("/health").status_code == 200
+    assert early.client.get("/v1/models").json()["data"][0]["id"] == NAME
+    assert "ferry_engine_ready 0" in early.client.get("/metrics").text
+    for answer in (early.client.get("/ready"), early.post("/v1/completions", {"prompt": "x"})):
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"]
+        assert answer.json()["error"]["code"] == "engine.not-ready"
+    # What is wrong in any case is said at once.
+    assert early.post("/v1/completions", {"prompt": 7}).status_code == 400
 
 
 def test_metrics_are_read_by_prometheus(house: House) -> None:
@@ -84,64 +95,21 @@ def test_the_page_is_served(door: Door) -> None:
     assert "content-security-policy" in page.headers
 
 
-class Output(threading.Thread):
-    """The lines that a process writes, and waiting for one of them."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        super().__init__(daemon=True)
-        self._stream = process.stderr
-        self.lines: list[str] = []
-        self._more = threading.Condition()
-        self.start()
-
-    def run(self) -> None:
-        assert self._stream is not None
-        for line in self._stream:
-            with self._more:
-                self.lines.append(line)
-                self._more.notify_all()
-
-    def wait_for(self, word: str) -> str:
-        with self._more:
-            assert self._more.wait_for(lambda: any(word in line for line in self.lines), 60), self.lines
-            return next(line for line in self.lines if word in line)
-
-
 def test_a_signal_lets_running_answers_end(small_model: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ferry", "serve", str(small_model), "--port", "0", "--threads", "1"]
-    process = subprocess.Popen(
-        [*command, "--kv-cache-memory", "64MB"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "FERRY_HOME": str(tmp_path)},
-    )
-    said = Output(process)
-    try:
-        url = said.wait_for("listening on").split("listening on ")[1].split(";")[0]
+    with served_by_command(small_model, tmp_path) as (process, url):
         client = httpx.Client(base_url=url, timeout=60)
-        assert client.get("/health").status_code == 200
-        early = client.get("/ready")
-        assert early.status_code == 503
-        assert early.headers["retry-after"]
-        assert early.json()["error"]["code"] == "engine.not-ready"
-        assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 503
-        said.wait_for("ready after")
-        body = {"prompt": "hi", "max_tokens": 1500, "ignore_eos": True, "temperature": 0, "stream": True}
+        body = {"prompt": "hi", "max_tokens": 800, "ignore_eos": True, "temperature": 0, "stream": True}
         with client.stream("POST", "/v1/completions", json=body) as answer:
             lines = answer.iter_lines()
             seen = [next(lines)]
             process.send_signal(signal.SIGTERM)
-            said.wait_for("stopping: 1 requests")
+            process.said.wait_for("stopping: 1 requests")
             late = httpx.post(f"{url}/v1/completions", json={"prompt": "x"})
             assert [late.status_code, late.json()["error"]["code"]] == [503, "serve.stopping"]
             seen += list(lines)
         assert seen[-2] == "data: [DONE]"
-        assert json.loads(seen[-4][6:])["usage"]["completion_tokens"] == 1500
-        screen, _ = process.communicate(timeout=30)
+        assert json.loads(seen[-4][6:])["usage"]["completion_tokens"] == 800
+        screen = process.end()
         assert process.returncode == 0
         assert "stopped   by SIGTERM" in screen
         assert "answers   1" in screen
-    finally:
-        process.kill()
-        process.wait()

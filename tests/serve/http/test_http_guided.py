@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
 import pytest
-from house import NAME, Door
+from house import NAME, Door, served_by_command
 from openai import OpenAI
 from pydantic import BaseModel
+
+from ferry.verbs.serve.config import ServeConfig
 
 # The body of the manual's example, as curl sends it; only the name of the model is filled in.
 MANUAL = r"""{
@@ -51,7 +56,7 @@ def test_the_curl_of_the_manual_is_answered_under_its_schema(door: Door, small_m
     # A random model at temperature 0 may repeat a digit until the limit; by chance it comes to an end.
     warm = [{**json.loads(body), "temperature": 1, "seed": seed} for seed in range(4)]
     choices = [door.post("/v1/completions", one).json()["choices"][0] for one in warm]
-    assert any([kept(choice, CHARACTER) for choice in choices])
+    assert sum(kept(choice, CHARACTER) for choice in choices) > 0
 
 
 @pytest.mark.parametrize(
@@ -143,3 +148,20 @@ def test_many_schemas_at_once_are_all_kept(door: Door, house: Any) -> None:
 
     for number, answer in enumerate(asyncio.run(ask())):
         assert json.loads(answer.json()["choices"][0]["text"]) == [number, "x" * number]
+
+
+@pytest.mark.slow
+def test_the_manual_works_as_written(smollm2: Path, tmp_path: Path) -> None:
+    assert ServeConfig.model_fields["port"].default == 8080
+    with served_by_command(smollm2, tmp_path) as (_, url):
+        body = MANUAL.replace("${container_model_path}", str(smollm2))
+        command = ["curl", "-sX", "POST", f"{url}/v1/completions", "-H", "Content-Type: application/json", "-d", body]
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        choice = json.loads(told.stdout)["choices"][0]
+        assert choice["text"].startswith('{"name":"Knight","age":32,"armor":')
+        # The schema allows further properties, and this small model may go on with them until the limit: that is said.
+        kept(choice, CHARACTER)
+        closed = {**json.loads(body), "guided_json": {**CHARACTER, "additionalProperties": False}}
+        for sampling in ({}, *({"temperature": 0.5, "seed": seed} for seed in range(6))):
+            answer = httpx.post(f"{url}/v1/completions", json={**closed, **sampling}, timeout=120)
+            assert kept(answer.json()["choices"][0], CHARACTER), answer.json()["choices"][0]

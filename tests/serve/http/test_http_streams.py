@@ -100,7 +100,7 @@ def test_a_client_that_hangs_up_frees_the_engine(
 
 
 def test_a_full_queue_tells_clients_when_to_come_back(house: House, eventually: Eventually) -> None:
-    narrow = house.open(max_num_seqs=-7, max_queue=1)  # one place: there are always eight to spare
+    narrow = house.open(max_num_seqs=1, spare_places=0, max_queue=1)
     with narrow.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as first:
         lines = first.iter_lines()
         next(lines)
@@ -118,6 +118,16 @@ def test_a_full_queue_tells_clients_when_to_come_back(house: House, eventually: 
     assert not waiting.is_alive()
     page = narrow.client.get("/metrics").text
     assert 'ferry_rejections_total{reason="rate_limit_exceeded"} 2' in page
+
+
+def test_a_request_that_takes_too_long_is_ended(house: House, eventually: Eventually) -> None:
+    hasty = house.open(request_timeout_s=0.1)
+    answer = hasty.post("/v1/completions", LONG)
+    assert [answer.status_code, answer.json()["error"]["code"]] == [503, "serve.timeout"]
+    with hasty.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
+        raw = answer.read().decode()
+    assert json.loads(raw.split("event: error\ndata: ")[1])["error"]["code"] == "serve.timeout"
+    eventually(lambda: running(house) == 0)
 
 
 def test_an_engine_that_dies_ends_its_streams_with_an_error_and_comes_back(

@@ -60,6 +60,14 @@ def test_text_without_a_call_is_not_lost(form: object, answer: str) -> None:
     assert calls or text == answer
 
 
+def test_a_second_call_is_dropped_where_one_is_wanted() -> None:
+    answer = 'x<tool_call>{"name": "f"}</tool_call>y<tool_call>{"name": "g"}</tool_call>z'
+    for pieces in ([answer], list(answer)):
+        reader = CallReader(TAGGED, only_one=True)
+        found = [*map(reader.add, pieces), reader.finish()]
+        assert [call.name for one in found for call in one.calls] == ["f"]
+
+
 def test_arguments_that_are_a_text_stay_as_they_are() -> None:
     body = json.dumps({"name": "f", "arguments": '{"a": 1}'})
     assert read(TAGGED, [f"<tool_call>{body}</tool_call>"]) == ("", ['f {"a": 1}'])

@@ -11,9 +11,7 @@ import transformers
 from ferry.engines.engine import EngineSettings
 from ferry.engines.native.loop import NativeEngine
 from native.reading import answers, ask
-from native.tiny import peers_answer, write_model
-
-COUNT = 12
+from native.tiny import likeliest_after, peers_answer, write_model
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -22,16 +20,15 @@ def test_greedy_answers_are_those_of_transformers_at_1_8_and_32_streams(kind: st
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="float32")
     random = Random(kind)
     prompts = [[random.randrange(211) for _ in range(random.randrange(1, 70))] for _ in range(32)]
-    expected = {str(number): peers_answer(model, prompt, COUNT) for number, prompt in enumerate(prompts)}
-    asked = [ask(str(number), prompt, max_tokens=COUNT) for number, prompt in enumerate(prompts)]
-    settings = EngineSettings(directory, max_num_batched_tokens=48, prefix_caching=False, threads=1)
-    engine = NativeEngine(settings)
-    for streams in (1, 8, 32):
-        made: dict[str, list[int]] = {}
-        for start in range(0, 32, max(streams, 8)):
-            made |= answers(engine, asked[start : start + streams])
-        assert made == {name: expected[name] for name in made}
+    asked = [ask(str(number), prompt, max_tokens=12) for number, prompt in enumerate(prompts)]
+    engine = NativeEngine(EngineSettings(directory, max_num_batched_tokens=48, prefix_caching=False, threads=1))
+    made = answers(engine, asked)
+    assert answers(engine, asked[:8]) == {str(number): made[str(number)] for number in range(8)}
+    assert answers(engine, asked[:1]) == {"0": made["0"]}
     engine.close()
+    for name, tokens in made.items():
+        assert likeliest_after(model, prompts[int(name)], tokens) == tokens
+    assert [peers_answer(model, prompts[number], 12) for number in range(3)] == [made[name] for name in "012"]
 
 
 @pytest.mark.slow
@@ -41,15 +38,14 @@ def test_smollm2_says_the_same_as_transformers_at_1_8_and_32_streams(smollm2: Pa
     topics = ("rain", "bread", "the moon", "a river", "trains", "old maps", "tea", "ships")
     openings = ("Write about {}:", "The history of {} begins", "Q: What is special about {}?\nA:", "{} and I")
     prompts = [tokenizer(opening.format(topic))["input_ids"] for topic in topics for opening in openings]
-    expected = {str(number): peers_answer(model, prompt, 24) for number, prompt in enumerate(prompts)}
-    engine = NativeEngine(EngineSettings(smollm2, max_model_len=512))
-    for streams in (1, 8, 32):
-        made: dict[str, list[int]] = {}
-        for start in range(0, 32, streams):
-            group = range(start, start + streams)
-            made |= answers(
-                engine, [ask(str(number), prompts[number], max_tokens=24, end_token_ids=(2,)) for number in group]
-            )
-        ended = {name: [*tokens, 2][:24] for name, tokens in made.items()}
-        assert ended == {name: tokens[: len(ended[name])] for name, tokens in expected.items()}
+    asked = [ask(str(number), prompt, max_tokens=16) for number, prompt in enumerate(prompts)]
+    engine = NativeEngine(EngineSettings(smollm2, max_model_len=512, prefix_caching=False))
+    made = [answers(engine, asked)]
+    for streams, count in ((8, 16), (1, 4)):
+        made.append({})
+        for start in range(0, count, streams):
+            made[-1] |= answers(engine, asked[start : start + streams])
     engine.close()
+    for name, tokens in made[0].items():
+        assert likeliest_after(model, prompts[int(name)], tokens) == tokens
+        assert all(others.get(name, tokens) == tokens for others in made)

@@ -19,7 +19,7 @@ def keys_of(tokens: list[int]) -> list[bytes]:
     return keys[1:]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.tuples(TEXTS, st.booleans()), max_size=30), st.data())
 def test_a_block_is_found_only_for_equal_beginnings_and_never_given_to_two(
     arrivals: list[tuple[list[int], bool]], data: st.DataObject

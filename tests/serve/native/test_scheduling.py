@@ -20,7 +20,7 @@ def prompts(draw: st.DrawFn) -> list[int]:
     return begin[: draw(st.integers(1, len(begin)))] + draw(st.lists(st.integers(0, 258), max_size=10))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     arrivals=st.lists(st.tuples(prompts(), st.integers(1, 12), st.integers(0, 8)), min_size=1, max_size=12),
     cancelled=st.dictionaries(st.integers(0, 11), st.integers(0, 20)),
@@ -63,7 +63,7 @@ def test_answers_do_not_depend_on_what_runs_beside_them(
         assert tokens_of(made) == greedy(prompt, count)[: len(tokens_of(made))]
         if number not in cancelled:
             assert made[-1].finish == "length"
-            assert len(tokens_of(made)) == count
+            assert len(tokens_of(made)) == min(count, reader.max_model_len - len(prompt))
     assert engine.stats().kv_used == 0
     assert all(len(batch.token_ids_T) <= budget for batch in reader.steps)
     assert all(len(batch.context_lens_B) <= most for batch in reader.steps)

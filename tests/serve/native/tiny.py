@@ -11,7 +11,7 @@ import transformers
 
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "hidden_size": 64, "intermediate_size": 104, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 256, "vocab_size": 211, "eos_token_id": None,
     },
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": 211, "eos_token_id": None},
@@ -37,3 +37,11 @@ def peers_answer(model: Any, prompt: Sequence[int], count: int) -> list[int]:
     with torch.inference_mode():
         found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
     return [int(token) for token in found[0, len(prompt) :]]
+
+
+def likeliest_after(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
+    """Return the likeliest token at each place of an answer: where that is the answer, `generate` says the same."""
+    ids = torch.tensor([[*prompt, *answer]])
+    with torch.inference_mode():
+        logits = model(ids).logits[0, len(prompt) - 1 : -1]
+    return [int(token) for token in logits.argmax(dim=-1)]

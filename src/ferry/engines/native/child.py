@@ -1,17 +1,20 @@
 """The process that the native engine lives in: `python -m ferry.engines.native.child FD`, FD being its end of a socket.
 
 It loads the model, answers requests, and ends when the other end of the socket is closed, whether the parent closed it
-or died, and whatever the loop is doing then. It holds nothing that would be lost.
+or died, and whatever the loop is doing then. It holds nothing that would be lost. Every few seconds it says that it is
+there; a loop that is held up in one step does not, so that the parent ends it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +26,38 @@ if TYPE_CHECKING:
     from ferry.engines.native.loop import NativeEngine
 
 Inbox = SimpleQueue[tuple[str, Any]]
+LONGEST_STEP_S = 600.0
+"""A step that takes longer hangs. A large model on few cores may need minutes for a part of a long prompt."""
+
+
+class Voice:
+    """What is said to the parent, by the loop and by the thread that shows signs of life."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._lock = threading.Lock()
+        self._begun_s: float | None = None
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def say(self, kind: str, content: Any) -> None:
+        """Say something; the step that was begun is over then."""
+        with self._lock:
+            self._end.sendall(messages.frame(kind, content))
+        self._begun_s = None
+
+    def begin_step(self) -> None:
+        """Note that a step begins."""
+        self._begun_s = time.monotonic()
+
+    def _beat(self) -> None:
+        pause = threading.Event()
+        # A parent that has gone is the matter of `_listen`.
+        with contextlib.suppress(OSError):
+            while not pause.wait(messages.BEAT_S):
+                begun_s = self._begun_s
+                if begun_s is None or time.monotonic() - begun_s < LONGEST_STEP_S:
+                    with self._lock:
+                        self._end.sendall(messages.frame(messages.ALIVE, None))
 
 
 def main(fd: int) -> int:
@@ -35,19 +70,21 @@ def main(fd: int) -> int:
     inbox: Inbox = SimpleQueue()
     threading.Thread(target=_listen, args=(end, inbox), daemon=True).start()
     _, settings = inbox.get()
+    voice = Voice(end)
     try:
         from ferry.engines.native.loop import NativeEngine
 
         engine = NativeEngine(messages.settings_from_json(settings))
     except FerryError as error:
-        end.sendall(messages.frame("failed", messages.error_to_json(error)))
+        voice.say("failed", messages.error_to_json(error))
         return error.exit_status
-    end.sendall(messages.frame("ready", engine.info))
+    voice.say("ready", engine.info)
     while True:
         outputs = _receive(engine, inbox)
+        voice.begin_step()
         if engine.has_work:
             outputs += engine.step()
-        end.sendall(messages.frame("step", [messages.outputs_to_json(outputs), engine.stats()]))
+        voice.say("step", [messages.outputs_to_json(outputs), engine.stats()])
 
 
 def _listen(end: socket.socket, inbox: Inbox) -> None:

@@ -39,30 +39,22 @@ class Chooser:
             self._seen = _Counts()
             for token in request.prompt_ids:
                 self._seen.add(token)
-        is_changed = bool(len(self._biased) or self._counts or self._seen or sampling.min_tokens)
-        self._is_plain = sampling.temperature < COLD and not is_changed
-        """Whether the likeliest token is chosen, of those that are allowed."""
+        self._is_changed = bool(len(self._biased) or self._counts or self._seen or sampling.min_tokens)
+        """Whether anything but a grammar comes between the model's logits and the choice."""
 
     def choose(self, row_V: Float32, likeliest: int, num_answer: int, scratch_V: Float32) -> int:
         """Return the next token. The row, whose likeliest token is known, stays as it is."""
         guide, sampling = self.guide, self._sampling
-        if self._is_plain and (guide is None or guide.allows(likeliest)):
+        is_greedy = sampling.temperature < COLD
+        if not self._is_changed and is_greedy and (guide is None or guide.allows(likeliest)):
             return likeliest
-        np.copyto(scratch_V, row_V)
-        if len(self._biased):
-            scratch_V[self._biased] += self._biases
-        self._penalise(scratch_V)
-        if guide is not None:
-            guide.limit(scratch_V)
-        if num_answer < sampling.min_tokens and len(self._ends):
-            self._keep_from_ending(scratch_V)
-        best = int(scratch_V.argmax())
-        if scratch_V[best] == NEVER:
-            raise Stuck
-        if sampling.temperature < COLD:
-            return best
-        scratch_V -= scratch_V[best]
-        scratch_V /= np.float32(sampling.temperature)
+        best, values_V = likeliest, row_V
+        if self._is_changed or guide is not None:
+            best, values_V = self._change(row_V, num_answer, scratch_V), scratch_V
+            if is_greedy:
+                return best
+        np.subtract(values_V, values_V[best], out=scratch_V)
+        np.multiply(scratch_V, np.float32(1 / sampling.temperature), out=scratch_V)
         number = uniform(self._seed, num_answer)
         return draw(scratch_V, number, min_p=sampling.min_p, top_k=sampling.top_k, top_p=sampling.top_p)
 
@@ -74,6 +66,21 @@ class Chooser:
             self._counts.add(token)
         if self._seen is not None:
             self._seen.add(token)
+
+    def _change(self, row_V: Float32, num_answer: int, scratch_V: Float32) -> int:
+        """Copy the row with all that comes before temperature applied, and return the likeliest token then."""
+        np.copyto(scratch_V, row_V)
+        if len(self._biased):
+            scratch_V[self._biased] += self._biases
+        self._penalise(scratch_V)
+        if self.guide is not None:
+            self.guide.limit(scratch_V)
+        if num_answer < self._sampling.min_tokens and len(self._ends):
+            self._keep_from_ending(scratch_V)
+        best = int(scratch_V.argmax())
+        if scratch_V[best] == NEVER:
+            raise Stuck
+        return best
 
     def _keep_from_ending(self, row_V: Float32) -> None:
         """Forbid the ends, unless nothing else is left: a grammar that is at its end does end."""

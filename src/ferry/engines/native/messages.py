@@ -1,8 +1,8 @@
 """What the engine's process and its parent say to each other: JSON documents, each behind its length.
 
 Every message has one key, its kind. To the child: `settings` first, then `add` and `cancel`. From the child: `ready`
-with what it is or `failed` with why not, then `step` with all outputs of a step and the counters after it. Tuples that
-come often are lists here, in the order of their fields.
+with what it is or `failed` with why not, then `step` with all outputs of a step and the counters after it; at any time
+`alive`, which says nothing else. Tuples that come often are lists here, in the order of their fields.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from ferry.engines.engine import EngineInfo, EngineSettings
 from ferry.engines.request import Output, Request, Sampling, Stats, TokenLogprobs
 
 LENGTH_BYTES = 4
+ALIVE = "alive"
+BEAT_S = 2.0
+"""How often a child says that it is there."""
 
 
 def frame(kind: str, content: Any) -> bytes:

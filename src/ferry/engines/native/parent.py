@@ -1,7 +1,8 @@
 """The native engine as asyncio code sees it: a child process, started again after each death, and who waits for what.
 
 A request that a death finds running ends with `engine.lost`. Restarts come at once, then after ever longer pauses; a
-child that dies again and again without having lived a while is given up. Nothing here waits for a lock or a thread.
+child that dies again and again without having lived a while is given up. One that is silent for long hangs, and is
+ended. Nothing here waits for a lock or a thread.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from ferry.core.errors import FerryError, UnavailableError
 from ferry.engines.engine import Condition, EngineInfo, EngineSettings
 from ferry.engines.native import messages
+from ferry.engines.native.watch import SILENCE_S, Watch
 from ferry.engines.request import Output, Request, Stats
 
 PAUSES_S = (0.0, 0.5, 2.0, 8.0, 30.0)
@@ -34,14 +36,16 @@ QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0", "TOKENIZERS
 class ChildEngine:
     """An `Engine` around a child process."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, silence_s: float = SILENCE_S) -> None:
         self._settings = settings
+        self._silence_s = silence_s
         self._condition = Condition("starting", "not started yet")
         self._info: EngineInfo | None = None
         self._stats = Stats()
         self._before = Stats()
         """Counters of the children that are gone."""
         self._process: Process | None = None
+        self._watch: Watch | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._waiting: dict[str, asyncio.Queue[Output]] = {}
@@ -115,16 +119,17 @@ class ChildEngine:
             self._process = await self._fork(theirs)
         finally:
             theirs.close()
+        self._watch = Watch(self._process, self._silence_s)
         reader, self._writer = await asyncio.open_connection(sock=ours)
         try:
             self._writer.write(messages.frame("settings", messages.settings_to_json(self._settings)))
-            kind, content = await _read(reader)
+            kind, content = await self._read(reader)
         except (EOFError, OSError):
-            status = await self._bury()
+            end = await self._bury()
             raise UnavailableError(
-                f"the engine's process ended while it started ({_how(status)})",
+                f"the engine's process ended while it started ({end})",
                 code="engine.start",
-                repair=self._where_to_look(status),
+                repair=self._where_to_look(end),
             ) from None
         except asyncio.CancelledError:
             await self._bury()
@@ -155,10 +160,10 @@ class ChildEngine:
             try:
                 await self._hand_out(reader)
             except (EOFError, OSError, ValueError):
-                status = await self._bury()
+                end = await self._bury()
             if loop.time() - born_s > WELL_AFTER_S:
                 num_deaths = 0
-            reason = f"the engine's process ended ({_how(status)})"
+            reason = f"the engine's process ended ({end})"
             self._condition = Condition("restarting", reason, self._condition.num_restarts + 1)
             self._end_all([_lost(name, f"{reason}; it is started again") for name in self._waiting])
             started = None
@@ -182,21 +187,32 @@ class ChildEngine:
     async def _hand_out(self, reader: asyncio.StreamReader) -> None:
         """Give outputs to who waits for them, until the child is gone."""
         while True:
-            _, (outputs, stats) = await _read(reader)
+            _, (outputs, stats) = await self._read(reader)
             self._stats = _sum(self._before, messages.stats_from_json(stats))
             for output in messages.outputs_from_json(outputs):
                 arrived = self._waiting.get(output.request_id)
                 if arrived is not None:
                     arrived.put_nowait(output)
 
-    async def _bury(self) -> int:
+    async def _read(self, reader: asyncio.StreamReader) -> tuple[str, Any]:
+        """Return the next message that is more than a sign of life."""
+        while True:
+            head = await reader.readexactly(messages.LENGTH_BYTES)
+            kind, content = messages.parse(await reader.readexactly(messages.length_of(head)))
+            if self._watch is not None:
+                self._watch.heard()
+            if kind != messages.ALIVE:
+                return kind, content
+
+    async def _bury(self) -> str:
         """See that the child has ended, and return how."""
         self._before = self._stats = self._stats._replace(num_running=0, num_waiting=0, kv_used=0.0)
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        if self._process is None:
-            return 0
+        if self._process is None or self._watch is None:
+            return "it was gone"
+        self._watch.end()
         try:
             await asyncio.wait_for(self._process.wait(), ENDING_S)
         except asyncio.TimeoutError:
@@ -204,22 +220,19 @@ class ChildEngine:
             await self._process.wait()
         status = self._process.returncode or 0
         self._process = None
-        return status
+        if self._watch.has_ended_it:
+            return f"it hung: for {self._silence_s:g} s there was no sign of life"
+        return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
     def _end_all(self, outputs: list[Output]) -> None:
         for output in outputs:
             self._waiting[output.request_id].put_nowait(output)
 
-    def _where_to_look(self, status: int) -> str:
+    def _where_to_look(self, end: str) -> str:
         where = f"see {self._settings.log_file}" if self._settings.log_file is not None else "see what it wrote above"
-        if status == -signal.SIGKILL:
+        if signal.SIGKILL.name in end:
             return f"{where}; a kill from outside mostly means that memory ran out: use a smaller or quantized model"
         return where
-
-
-async def _read(reader: asyncio.StreamReader) -> tuple[str, Any]:
-    head = await reader.readexactly(messages.LENGTH_BYTES)
-    return messages.parse(await reader.readexactly(messages.length_of(head)))
 
 
 def _sum(before: Stats, now: Stats) -> Stats:
@@ -227,10 +240,6 @@ def _sum(before: Stats, now: Stats) -> Stats:
     gauges = ("num_running", "num_waiting", "kv_used")
     counters = {name: value + getattr(before, name) for name, value in now._asdict().items() if name not in gauges}
     return now._replace(**counters)
-
-
-def _how(status: int) -> str:
-    return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
 
 def _lost(request_id: str, message: str) -> Output:

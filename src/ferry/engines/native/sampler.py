@@ -33,32 +33,34 @@ def seed_of(text: str, seed: int) -> int:
     return int.from_bytes(blake2b(f"{seed}:{text}".encode(), digest_size=8).digest(), "little")
 
 
-def survivors(scaled_V: Float32, *, min_p: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> tuple[Int64, Float32]:
-    """Return the tokens that may be drawn, in order, and their weights. `scaled_V` is logits / temperature."""
-    peak = scaled_V.max()
+def survivors(relative_V: Float32, *, min_p: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> tuple[Int64, Float32]:
+    """Return the tokens that may be drawn, in order, and their weights.
+
+    `relative_V` is (logits - largest) / temperature; it is overwritten.
+    """
     if not min_p and not top_k:
-        return _nucleus(np.exp(scaled_V - peak), top_p)
-    least = peak + np.float32(math.log(min_p)) if min_p else np.finfo(np.float32).min
-    if top_k and top_k < len(scaled_V):
-        least = max(least, _nth_largest(scaled_V, top_k))
-    ids = np.flatnonzero(scaled_V >= least)
-    weights = np.exp(scaled_V[ids] - peak)
+        weights_V = np.exp(relative_V, out=relative_V)
+        return _nucleus(weights_V, top_p) if top_p < 1 else (np.arange(len(weights_V)), weights_V)
+    least = np.float32(math.log(min_p)) if min_p else np.finfo(np.float32).min
+    if top_k and top_k < len(relative_V):
+        least = max(least, _nth_largest(relative_V, top_k))
+    ids = np.flatnonzero(relative_V >= least)
+    weights = np.exp(relative_V[ids])
     return _cut(ids, weights, top_p * float(weights.sum(dtype=np.float64))) if top_p < 1 else (ids, weights)
 
 
-def draw(scaled_V: Float32, number: float, *, min_p: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> int:
-    """Return the token that a number in [0, 1) stands for. `scaled_V` is overwritten."""
-    if top_p < 1 or min_p > 0 or 0 < top_k < len(scaled_V):
-        ids, weights = survivors(scaled_V, min_p=min_p, top_k=top_k, top_p=top_p)
+def draw(relative_V: Float32, number: float, *, min_p: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> int:
+    """Return the token that a number in [0, 1) stands for. `relative_V` is as above."""
+    if top_p < 1 or min_p > 0 or 0 < top_k < len(relative_V):
+        ids, weights = survivors(relative_V, min_p=min_p, top_k=top_k, top_p=top_p)
         return int(ids[_place(np.cumsum(weights, dtype=np.float64), number)])
-    scaled_V -= scaled_V.max()
-    np.exp(scaled_V, out=scaled_V)
-    sums = np.add.reduceat(scaled_V, np.arange(0, len(scaled_V), STRIDE)).astype(np.float64)
+    weights_V = np.exp(relative_V, out=relative_V)
+    sums = np.add.reduceat(weights_V, np.arange(0, len(weights_V), STRIDE)).astype(np.float64)
     ends = np.cumsum(sums)
     piece = _place(ends, number)
     within = (number * ends[-1] - (ends[piece] - sums[piece])) / sums[piece]
     start = piece * STRIDE
-    weights = scaled_V[start : start + STRIDE]
+    weights = weights_V[start : start + STRIDE]
     return start + _place(np.cumsum(weights, dtype=np.float64), min(max(within, 0.0), 1.0))
 
 

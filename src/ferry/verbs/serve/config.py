@@ -97,7 +97,7 @@ class ServeConfig(VerbConfig):
     )
     max_num_seqs: int = option(64, ge=1, unit="requests", help="Requests that are answered at the same time.")
     max_num_batched_tokens: int = option(
-        512, ge=1, unit="tokens", help="Tokens a step: long prompts are read in parts of this size."
+        256, ge=1, unit="tokens", help="Tokens a step: long prompts are read in parts of this size."
     )
     prefix_caching: bool = option(
         True, aliases=("--enable-prefix-caching",), help="Keep the cache of prompts for prompts that begin alike."

@@ -181,7 +181,10 @@ def _read(path: Path, what: str, code: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        message, repair = f"cannot read the {what} {path}: {error.strerror}", "is it the right path, and may you read it?"
+        message, repair = (
+            f"cannot read the {what} {path}: {error.strerror}",
+            "is it the right path, and may you read it?",
+        )
     except UnicodeDecodeError:
         message, repair = f"the {what} {path} is not UTF-8 text", "is it the right file?"
     raise InputError(message, code=code, repair=repair)

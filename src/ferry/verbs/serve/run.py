@@ -6,6 +6,7 @@ import asyncio
 import signal
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,41 +23,34 @@ if TYPE_CHECKING:
     from ferry.verbs.serve.http.served import HttpSettings, Served
 
 SAID = ("defect", "broken promise", "request")
-"""What an operator reads at once; all else is in the run record only."""
+"""Events that are lines of their own."""
 
 
 def run(config: ServeConfig, reporter: Reporter) -> Result:
     """Serve until a signal comes; return what happened."""
+    begun_s = time.monotonic()
     prepared = prepare(config)
     for note in prepared.notes:
         reporter.event("chosen", choice=note)
         reporter.say(note)
-    return asyncio.run(_serve(config, prepared, reporter))
+    return asyncio.run(_serve(config, prepared, reporter, begun_s))
 
 
-async def _serve(config: ServeConfig, prepared: Prepared, reporter: Reporter) -> Result:
+async def _serve(config: ServeConfig, prepared: Prepared, reporter: Reporter, begun_s: float) -> Result:
     engine = prepared.kind.make(prepared.settings)
     with bound_socket(config.host, config.port) as bound, _Signals() as signals:
-        served = _served(config, engine, reporter)
-        # The engine's process starts while this one imports what it needs to listen.
-        serving = asyncio.create_task(_until_stopped(served, signals.stop))
-        await asyncio.sleep(0)
-        from ferry.verbs.serve.http.app import make_app
-        from ferry.verbs.serve.http.listening import Listener, drain
-
-        listener = Listener(make_app(served), bound)
-        address = address_of(config.host, bound)
-        num_cut = 0
+        address = address_of(bound)  # the server closes the socket
+        address = address_of(bound)
+        # The engine starts in its process while a thread of this one imports what listening needs.
+        starting = asyncio.create_task(engine.start())
         try:
-            await listener.open()
-            reporter.event("listening", address=address)
-            reporter.say(f"listening on {address}; the model is being loaded")
-            await serving
-            if signals.stop.is_set():
-                reporter.say(f"stopping: {served.gate.num_inside} requests may take {config.drain_timeout:g} s more")
+            served = await asyncio.to_thread(_served, config, engine, reporter)
+            served.begun_s = begun_s
+            num_cut = await _answer(served, bound, starting, signals, config.drain_timeout)
         finally:
-            num_cut = await drain(served, config.drain_timeout if signals.stop.is_set() else 0)
-            await listener.close()
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            await engine.close()
     return {
         "model": config.names[0],
         "address": address,
@@ -68,13 +62,30 @@ async def _serve(config: ServeConfig, prepared: Prepared, reporter: Reporter) ->
     }
 
 
-async def _until_stopped(served: Served, stop: asyncio.Event) -> None:
-    from ferry.verbs.serve.http.listening import serve_until
+async def _answer(
+    served: Served, bound: socket.socket, starting: asyncio.Task[None], signals: _Signals, drain_timeout_s: float
+) -> int:
+    """Listen until a signal comes; return how many requests were cut off."""
+    from ferry.verbs.serve.http.app import make_app
+    from ferry.verbs.serve.http.listening import Listener, drain, serve_until
 
-    await serve_until(served, stop)
+    listener = Listener(make_app(served), bound)
+    try:
+        await listener.open()
+        served.note("listening", {"address": address_of(bound)})
+        served.warm_up(served.model.vocab_size)
+        await serve_until(served, starting, signals.stop)
+        served.note("stopping", {"requests": served.gate.num_inside, "drain_timeout_s": drain_timeout_s})
+    finally:
+        num_cut = await drain(served, drain_timeout_s if signals.stop.is_set() else 0)
+        await listener.close()
+    return num_cut
 
 
 def _served(config: ServeConfig, engine: Engine, reporter: Reporter) -> Served:
+    """Return what answers; the modules that listening needs are imported on the way."""
+    import ferry.verbs.serve.http.app
+    import ferry.verbs.serve.http.listening  # noqa: F401
     from ferry.engines.text import open_text
     from ferry.verbs.serve.http.served import Served
 
@@ -82,11 +93,8 @@ def _served(config: ServeConfig, engine: Engine, reporter: Reporter) -> Served:
 
     def note(name: str, fields: Mapping[str, Any]) -> None:
         reporter.event(name, **fields)
-        if name == "ready":
-            for line in _ready_lines(served, fields["seconds"]):
-                reporter.say(line)
-        elif name in SAID:
-            reporter.say(f"{name}: " + " ".join(f"{key}={value}" for key, value in fields.items()))
+        for line in _lines(served, name, fields):
+            reporter.say(line)
 
     defaults = model.default_sampling if config.generation_defaults == "auto" else {}
     served = Served(engine, model, _http_settings(config), defaults, note)  # `note` speaks of it
@@ -119,6 +127,19 @@ def _with_template(model: TextModel, config: ServeConfig) -> TextModel:
     return replace(model, template=ChatTemplate(config.chat_template.read_text(encoding="utf-8"), tokens))
 
 
+def _lines(served: Served, name: str, fields: Mapping[str, Any]) -> list[str]:
+    """Return what a person reads of an event at once; all else is in the run record only."""
+    if name == "listening":
+        return [f"listening on {fields['address']}; the model is being loaded"]
+    if name == "ready":
+        return _ready_lines(served, fields["seconds"])
+    if name == "stopping":
+        return [f"stopping: {fields['requests']} requests may take {fields['drain_timeout_s']:g} s more"]
+    if name in SAID:
+        return [f"{name}: " + " ".join(f"{key}={value}" for key, value in fields.items())]
+    return []
+
+
 def _ready_lines(served: Served, seconds: float) -> list[str]:
     info = served.engine.info
     name = served.settings.shown_names[0]
@@ -142,9 +163,9 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return bound
 
 
-def address_of(host: str, bound: socket.socket) -> str:
+def address_of(bound: socket.socket) -> str:
     """Return the address to give to a client."""
-    port = bound.getsockname()[1]
+    host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

@@ -18,6 +18,8 @@ from ferry.verbs.serve.http.errors import ApiError, wrong
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 4
+MAX_STOP = 1000
+"""Characters of a stop text."""
 MAX_PROMPTS = 2048
 NOT_DONE = {
     "suffix": "put the text after the gap into the prompt, as the model was trained to read it",
@@ -37,7 +39,7 @@ NOT_DONE = {
 
 Probability = Annotated[float, Field(gt=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Stop = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 TokenId = Annotated[int, Field(ge=0)]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -203,6 +205,7 @@ def _expected(detail: Any) -> str:
         "too_long": "at most {max_length} of them",
         "too_short": "at least {min_length} of them",
         "string_too_short": "a text that is not empty",
+        "string_too_long": "at most {max_length} characters",
         "literal_error": "{expected}",
         "model_type": "an object",
         "model_attributes_type": "an object",

@@ -108,7 +108,7 @@ def _choice(job: Job, whole: Whole, index: int) -> JsonObject:
     text = whole.text
     calls: tuple[Call, ...] = ()
     if job.tools.form is not None:
-        reader = CallReader(job.tools.form)
+        reader = CallReader(job.tools.form, only_one=job.tools.only_one)
         first, rest = reader.add(text), reader.finish()
         text, calls = first.text + rest.text, (*first.calls, *rest.calls)
     elif job.tools.mode in ("required", "named"):
@@ -188,7 +188,7 @@ class _Answer:
 
     def __init__(self, job: Job) -> None:
         self._tools = job.tools
-        self._reader = CallReader(job.tools.form) if job.tools.form else None
+        self._reader = CallReader(job.tools.form, only_one=job.tools.only_one) if job.tools.form else None
         self._text = ""
         self.num_calls = 0
 

@@ -62,16 +62,14 @@ class _Quiet(uvicorn.Server):
         yield
 
 
-async def serve_until(served: Served, stop: asyncio.Event) -> None:
-    """Start the engine, and return when it is time to stop; raise where the engine is gone for good."""
-    starting = asyncio.create_task(served.engine.start())
+async def serve_until(served: Served, starting: asyncio.Task[None], stop: asyncio.Event) -> None:
+    """Return when it is time to stop; raise where the engine does not start or is gone for good."""
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             return
         starting.result()
-        served.warm_up()
         served.note("ready", {"seconds": round(served.measures.clock() - served.begun_s, 2)})
         while not stop.is_set():
             condition = served.engine.condition
@@ -79,9 +77,8 @@ async def serve_until(served: Served, stop: asyncio.Event) -> None:
                 raise UnavailableError(f"the engine failed: {condition.reason}", code="engine.failed")
             await asyncio.wait((stopping,), timeout=WATCH_S)
     finally:
-        for task in (starting, stopping):
-            task.cancel()
-        await asyncio.gather(starting, stopping, return_exceptions=True)
+        stopping.cancel()
+        await asyncio.gather(stopping, return_exceptions=True)
 
 
 async def drain(served: Served, timeout_s: float) -> int:

@@ -25,6 +25,7 @@ class Measures:
         self.compiling = _seconds("ferry_guided_compile_seconds", "Compiling the grammar of a constraint.")
         self.requests = Counter("ferry_requests_total", "Requests by route and status.", ("route", "status"))
         self.answers = Counter("ferry_answers_total", "Answers by how they ended.", ("finish",))
+        self.cut = Counter("ferry_answers_cut_total", "Answers that did not come to their end, by reason.", ("reason",))
         self.rejections = Counter("ferry_rejections_total", "Requests that were not let in, by reason.", ("reason",))
         self.guided = Counter("ferry_guided_answers_total", "Answers under a constraint, by verdict.", ("verdict",))
         self.prompt_tokens = Counter("ferry_prompt_tokens_total", "Tokens of prompts.")

@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from ferry.verbs.serve.http.errors import ApiError, wrong
+from ferry.verbs.serve.http.events import ClientGoneError
 
 
 async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
@@ -23,7 +24,7 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
                 raise _too_large(max_bytes)
             parts.append(part)
     except ClientDisconnect:
-        raise ApiError(400, "the client went away before its request was read", code="request.unread") from None
+        raise ClientGoneError from None
     return parse_object(b"".join(parts))
 
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ferry.core.errors import FerryError, did_you_mean
+from ferry.core.errors import FerryError, UnavailableError, did_you_mean
 from ferry.engines.engine import Engine
 from ferry.engines.text import TextModel
 from ferry.guided.compiling import DEFAULT_TIME_LIMIT_S, Compiled, Compiler, tokenizer_of
@@ -20,8 +20,6 @@ from ferry.verbs.serve.http.gate import Gate
 from ferry.verbs.serve.http.measures import Measures
 from ferry.verbs.serve.http.sampling import Limits
 
-SPARE_PLACES = 8
-"""Answers beyond what the engine works at: they are at hand when one ends."""
 LONG_TEXT = 20_000
 """Characters from which on a text is made tokens of on a thread."""
 
@@ -37,6 +35,8 @@ class HttpSettings:
     api_keys: tuple[str, ...] = ()
     max_queue: int = 256
     max_num_seqs: int = 64
+    spare_places: int = 8
+    """Answers handed to the engine beyond what it works at: they are at hand when one ends."""
     max_body_bytes: int = 8_000_000
     guided_time_limit_s: float = DEFAULT_TIME_LIMIT_S
     request_timeout_s: float | None = None
@@ -61,7 +61,7 @@ class Served:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        self.gate = Gate(self.settings.max_num_seqs + SPARE_PLACES, self.settings.max_queue)
+        self.gate = Gate(self.settings.max_num_seqs + self.settings.spare_places, self.settings.max_queue)
         self.begun_s = self.measures.clock()
         self._compiler: asyncio.Task[Compiler] | None = None
 
@@ -97,18 +97,17 @@ class Served:
             self.measures.rejections.add(error.code)
             raise
 
-    def warm_up(self) -> None:
-        """Make the compiler of grammars before the first request needs it."""
-        if self._compiler is None:
-            self._compiler = asyncio.create_task(asyncio.to_thread(self._make_compiler))
+    def warm_up(self, num_tokens: int) -> None:
+        """Make the compiler of grammars before the first request needs it, while there is nothing else to do."""
+        if self._compiler is None and num_tokens:
+            self._compiler = asyncio.create_task(asyncio.to_thread(self._make_compiler, num_tokens))
+            self._compiler.add_done_callback(_looked_at)
 
     async def compiled(self, constraint: Constraint | None) -> Compiled | None:
         """Return a constraint as a grammar. Equal ones are compiled once; a client that goes away stops nothing."""
         if constraint is None:
             return None
-        self.warm_up()
-        assert self._compiler is not None
-        compiler = await asyncio.shield(self._compiler)
+        compiler = await self._ready_compiler()
         begun_s = self.measures.clock()
         future = asyncio.wrap_future(compiler.submit(constraint))
         future.add_done_callback(_looked_at)
@@ -127,6 +126,8 @@ class Served:
 
     async def run(self, wanted: Sequence[Asked], came_s: float) -> AsyncIterator[Piece]:
         """Return what is new of any of the answers of one request, from its coming in on."""
+        self.check_open()  # the queue may have filled while the request was understood
+        num_open = len(wanted)
         answers = [answer(self.engine, self.model, asked, self.measures, came_s) for asked in wanted]
         timeout_s = self.settings.request_timeout_s
         try:
@@ -134,8 +135,13 @@ class Served:
                 pieces = together(visit, answers)
                 async with closing(pieces if timeout_s is None else _in_time(pieces, came_s + timeout_s)) as found:
                     async for piece in found:
+                        num_open -= piece.finish is not None
                         self._count(piece)
                         yield piece
+        except BaseException as error:
+            if num_open:
+                self.measures.cut.add(_why_cut(error), amount=num_open)
+            raise
         finally:
             self.measures.whole.observe(self.measures.clock() - came_s)
 
@@ -153,12 +159,34 @@ class Served:
     async def close(self) -> None:
         """End the threads that compile grammars."""
         if self._compiler is not None:
-            compiler = await self._compiler
-            await asyncio.to_thread(compiler.close)
+            await asyncio.wait((self._compiler,))
+            if self._compiler.exception() is None:
+                await asyncio.to_thread(self._compiler.result().close)
 
-    def _make_compiler(self) -> Compiler:
-        ends = [token for token in self.limits.end_token_ids if token < self.limits.num_tokens]
-        tokenizer = tokenizer_of(self.model.vocabulary.source, self.limits.num_tokens, ends)
+    async def _ready_compiler(self) -> Compiler:
+        """Return the compiler for what the engine turned out to be."""
+        self.warm_up(self.limits.num_tokens)
+        making = self._compiler
+        assert making is not None
+        compiler = await asyncio.shield(making)
+        if compiler.num_tokens == self.limits.num_tokens:
+            return compiler
+        # config.json promised another width than the engine has. Nothing was compiled yet.
+        compiler.close()
+        if self._compiler is making:
+            self._compiler = None
+        return await self._ready_compiler()
+
+    def _make_compiler(self, num_tokens: int) -> Compiler:
+        ends = [token for token in self.model.end_token_ids if token < num_tokens]
+        try:
+            tokenizer = tokenizer_of(self.model.vocabulary.source, num_tokens, ends)
+        except ModuleNotFoundError as error:
+            raise UnavailableError(
+                f"guided decoding needs {error.name}, which is not installed",
+                code="guided.missing",
+                repair="pip install 'llmferry[serve]'",
+            ) from error
         return Compiler(tokenizer, time_limit_s=self.settings.guided_time_limit_s)
 
     def _count(self, piece: Piece) -> None:
@@ -191,7 +219,14 @@ async def _in_time(pieces: AsyncIterator[Piece], deadline_s: float) -> AsyncIter
             yield piece
 
 
-def _looked_at(future: asyncio.Future[Compiled]) -> None:
-    """Take the error of a grammar that nobody waits for any more."""
+def _why_cut(error: BaseException) -> str:
+    """Return what ended an answer before its end, in a word."""
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return "client"
+    return error.code if isinstance(error, FerryError) else "internal"
+
+
+def _looked_at(future: asyncio.Future[Any]) -> None:
+    """Take the error of work that nobody waits for any more."""
     if not future.cancelled():
         future.exception()

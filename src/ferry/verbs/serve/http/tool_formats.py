@@ -24,13 +24,14 @@ class ToolFormat:
     """The mark before calls; "" = the answer itself begins with `{`."""
     end: str = ""
     """The mark after each call; "" = none."""
+    further_marks: tuple[str, ...] = ()
     argument_keys: tuple[str, ...] = ("arguments", "parameters")
 
 
 FORMATS = (
     ToolFormat("tagged", r"<tool_call>(?![\s\S]*<function=)", "<tool_call>", "</tool_call>"),
-    ToolFormat("listed", r"\[TOOL_CALLS\]", "[TOOL_CALLS]"),
-    ToolFormat("bare", r"python_tag|\"name\"[^}]{0,40}\"parameters\"", ""),
+    ToolFormat("listed", r"\[TOOL_CALLS\]", "[TOOL_CALLS]", further_marks=("[ARGS]", "[CALL_ID]")),
+    ToolFormat("bare", r"python_tag|\"name\"[^}]{0,40}\"parameters\"", "", further_marks=("<|python_tag|>",)),
 )
 _BARE_START = re.compile(r"\s*(<\|python_tag\|>)?\s*\{\s*\"(name|type|parameters)\"|\s*<\|python_tag\|>\s*\{")
 _MAX_BARE_START = 40
@@ -57,15 +58,16 @@ def format_of(template: str) -> ToolFormat | None:
 
 def marks_of(form: ToolFormat, vocabulary: Vocabulary) -> frozenset[int]:
     """Return the special tokens that must stay in the text for calls to be found."""
-    found = (vocabulary.id_of(mark) for mark in (form.start, form.end, "<|python_tag|>") if mark)
+    found = (vocabulary.id_of(mark) for mark in (form.start, form.end, *form.further_marks) if mark)
     return frozenset(one for one in found if one is not None and one in vocabulary.special_ids)
 
 
 class CallReader:
     """Parts an answer into text and calls. Text that may be the beginning of a call waits; calls come when complete."""
 
-    def __init__(self, form: ToolFormat) -> None:
+    def __init__(self, form: ToolFormat, *, only_one: bool = False) -> None:
         self._form = form
+        self._only_one = only_one
         self._held = ""
         self._has_begun = False
         """Whether text was given out already: then a bare call can no longer begin."""
@@ -91,6 +93,8 @@ class CallReader:
                 self._has_begun = self._has_begun or bool(found.strip())
             else:
                 calls += found
+        if self._only_one:
+            texts, calls = ([], []) if self.num_calls else (texts, calls[:1])
         self.num_calls += len(calls)
         text = "".join(texts)
         # White space around calls belongs to their form, not to what the model says.

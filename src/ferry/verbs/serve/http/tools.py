@@ -36,6 +36,8 @@ class Tools:
     """The function that must be called, with mode `named`."""
     form: ToolFormat | None = None
     constraint: Constraint | None = None
+    only_one: bool = False
+    """At most one call."""
 
 
 def tools_of(body: ChatBody, model: TextModel) -> Tools:
@@ -46,13 +48,13 @@ def tools_of(body: ChatBody, model: TextModel) -> Tools:
             raise wrong("tool_choice", "tool_choice is given without tools", repair="give tools")
         return Tools()
     functions = _functions(body.tools)
-    shown = tuple(body.tools)
+    shown, only_one = tuple(body.tools), body.parallel_tool_calls is False
     if isinstance(choice, dict):
         name = _named(choice, functions)
         constraint = Constraint("json", _json(_parameters(functions[name])), f"tools[{list(functions).index(name)}]")
         return Tools("named", shown, name, constraint=constraint)
     if choice == "required":
-        schema = _required(functions, one=body.parallel_tool_calls is False)
+        schema = _required(functions, one=only_one)
         return Tools("required", shown, constraint=Constraint("json", _json(schema), "tools"))
     if choice == "none":
         return Tools()
@@ -68,7 +70,7 @@ def tools_of(body: ChatBody, model: TextModel) -> Tools:
             code="tools.unsupported",
             repair='set tool_choice to "required" or to a function: then a schema makes the call',
         )  # fmt: skip
-    return Tools("auto", shown, form=form, constraint=_strict(functions, form, model.vocabulary))
+    return Tools("auto", shown, form=form, constraint=_strict(functions, form, model.vocabulary), only_one=only_one)
 
 
 def calls_in(text: str, tools: Tools) -> list[Call]:
