@@ -105,7 +105,7 @@ def test_the_export_is_the_checkpoint(small_run: Any, model: Any, tmp_path: Path
     """Layouts round differently, so the masters differ; but the same masters give the same model."""
     from safetensors.torch import load_file
 
-    train(settings(**small_run(model("small"), tmp_path / "run", steps=2, export="hf")))
+    train(settings(**small_run(model("llama"), tmp_path / "run", steps=2, export="hf")))
     exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
     kept = load_file(tmp_path / "run" / "checkpoints" / "step-00000002" / "rank-00000.safetensors")
     weights = {name: tensor for name, tensor in kept.items() if "@" not in name}
@@ -116,11 +116,11 @@ def test_the_export_is_the_checkpoint(small_run: Any, model: Any, tmp_path: Path
 
 def test_torchrun_starts_the_same_run(small_run: Any, model: Any, tmp_path: Path) -> None:
     options = {"steps": 4, "tp": 2, "export": "hf"}
-    expected = train(settings(**small_run(model("small"), tmp_path / "crew", **options)))
+    expected = train(settings(**small_run(model("llama"), tmp_path / "crew", **options)))
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
                 "--master-port", "29613", "-m", "ferry")  # fmt: skip
     command = Command(
-        tmp_path / "log", *flags(**small_run(model("small"), tmp_path / "torchrun", **options)), program=launcher
+        tmp_path / "log", *flags(**small_run(model("llama"), tmp_path / "torchrun", **options)), program=launcher
     )
     assert command.status() == 0, command.text()
     result = json.loads((tmp_path / "torchrun" / "result.json").read_text())
@@ -131,8 +131,8 @@ def test_torchrun_starts_the_same_run(small_run: Any, model: Any, tmp_path: Path
 
 def test_two_nodes_train_one_run_and_the_first_writes_the_results(small_run: Any, model: Any, tmp_path: Path) -> None:
     options = {"steps": 4, "tp": 2, "export": "hf"}
-    expected = train(settings(**small_run(model("small"), tmp_path / "one", **options)))
-    words = flags(**small_run(model("small"), tmp_path / "two", **options))
+    expected = train(settings(**small_run(model("llama"), tmp_path / "one", **options)))
+    words = flags(**small_run(model("llama"), tmp_path / "two", **options))
     nodes = [
         Command(
             tmp_path / f"log-{node}", *words,
@@ -147,7 +147,7 @@ def test_two_nodes_train_one_run_and_the_first_writes_the_results(small_run: Any
 
 
 def test_a_run_that_is_done_is_not_done_again(small_run: Any, model: Any, tmp_path: Path) -> None:
-    options = small_run(model("small"), tmp_path / "run", steps=2, export="hf")
+    options = small_run(model("llama"), tmp_path / "run", steps=2, export="hf")
     expected = train(settings(**options))
     command = Command(tmp_path / "log", *flags(**options))
     assert command.status() == 0, command.text()
