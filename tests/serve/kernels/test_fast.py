@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from ferry.engines.engine import EngineSettings
 from ferry.engines.native.executor import Batch
-from ferry.engines.native.fast import FastExecutor, open_fast
+from ferry.engines.native.fast import FastExecutor, open_fast, why_not
+from ferry.engines.native_engine import ENGINE
+from ferry.verbs.serve.config import ServeConfig
+from ferry.verbs.serve.plan import prepare
 
 BASE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 104, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -127,12 +131,24 @@ def test_threads_do_not_change_a_bit(made: Any) -> None:
     assert np.array_equal(*found)
 
 
+@pytest.mark.parametrize("quantization", ["auto", "w8a8"])
+def test_the_plan_of_memory_is_what_is_held(made: Any, quantization: str) -> None:
+    directory, _, _ = made("llama-tied-bf16")
+    planned = prepare(ServeConfig(model=directory, quantization=quantization, max_model_len=64))
+    held = opened(directory, quantization=planned.settings.quantization, max_model_len=64)
+    assert planned.memory.weights_bytes == pytest.approx(held.weights_bytes, rel=0.15)  # angles, padded rows
+    assert planned.memory.bytes_per_token == held.block_bytes / held.block_size
+    assert planned.dtype == held.dtype == "float32"
+    assert not ENGINE.widens(EngineSettings(directory, dtype="bfloat16"))
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
         ({"model_type": "mixtral"}, "experts"),
         ({"hidden_act": "gelu"}, "another gate"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "angles that change"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "a factor that is not said"),
         ({"attention_bias": True}, "a bias that the kernels do not know"),
     ],
 )
@@ -143,3 +159,12 @@ def test_what_the_kernels_do_not_compute_is_left_to_transformers(
     config = json.loads((directory / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert open_fast(EngineSettings(tmp_path)) is None, why
+
+
+@pytest.mark.parametrize("part", ["model.norm.weight", "lm_head.weight", "model.layers.1.self_attn.q_proj.weight"])
+def test_weights_of_64_bits_are_left_to_transformers(made: Any, tmp_path: Path, part: str) -> None:
+    directory, _, _ = made("llama")
+    tensors = load_file(directory / "model.safetensors")
+    save_file(tensors | {part: tensors[part].double()}, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
+    assert "32 bits" in why_not(EngineSettings(tmp_path))

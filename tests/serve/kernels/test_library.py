@@ -1,5 +1,9 @@
 """Products of the kernels against numpy's, for every kind of weight and every instruction set that was built."""
 
+import subprocess
+import sys
+import textwrap
+
 import numpy as np
 import pytest
 
@@ -101,6 +105,51 @@ def test_rounding_weights_is_that_of_quantize(library: Library) -> None:
     values, scales = library.round(weight)
     assert np.array_equal(values, integers.values)
     assert np.array_equal(scales, integers.scales[:, 0])
+
+
+def test_the_smallest_numbers_are_rounded_as_quantize_does(library: Library) -> None:
+    # Scales below 2**-126 have few bits, so that a number may be more than 127 of them.
+    weight = (np.arange(-200, 200, dtype=np.int64)[:, None] * np.arange(11)).astype(np.float32) * np.float32(2.0**-149)
+    integers = quantize(weight, W8A8, "F32")
+    values, scales = library.round(weight)
+    assert np.array_equal(values, integers.values)
+    assert np.array_equal(scales, integers.scales[:, 0])
+
+
+WITHOUT_MEMORY = """
+    import resource
+    import numpy as np
+    from ferry.engines.native.library import BFLOAT16, Packed, open_library
+
+    def limit(further_bytes):
+        now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (now + further_bytes if further_bytes else most, most))
+
+    def fails(call, *given):
+        try:
+            call(*given)
+        except MemoryError:
+            return True
+        return False
+
+    library = open_library("NAME")
+    work = library.workspace(4)
+    weight = Packed.empty(BFLOAT16, 256, 1 << 17)
+    x = np.ones((13, 1 << 17), np.float32)
+    limit(4 << 20)
+    assert fails(library.linear, work, weight, x), "8 MB for each of four threads were not to be had"
+    assert fails(library.workspace, 64), "64 stacks were not to be had"
+    limit(0)
+    assert not library.linear(work, weight, x).any()
+    library.close(work)
+"""
+
+
+def test_memory_that_runs_out_on_any_thread_is_an_error_and_no_more(library: Library) -> None:
+    program = textwrap.dedent(WITHOUT_MEMORY).replace("NAME", library.name)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

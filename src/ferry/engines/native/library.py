@@ -26,6 +26,8 @@ ITEM_BYTES = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2, INT8: 1}
 PANEL = 16
 """Rows of a weight that lie side by side, and tokens of the cache: blocks are multiples of it."""
 MAX_HEAD_DIM = 256
+MAX_INTEGER_COLS = (2**31 - 1) // (127 * 128)
+"""Products of two 8-bit integers whose sum is sure to stay within 32 bits."""
 LAYOUT = 1
 """Changes with every change of a struct, here and in `kernels/functions.h`."""
 
@@ -76,7 +78,7 @@ class Library:
         """Return a handle of threads and memory for one caller at a time; close it with `close`."""
         handle = self.functions.ferry_open(num_threads)
         if not handle:
-            raise MemoryError
+            raise MemoryError(f"the system gives no memory, or no threads, for {num_threads} threads of the kernels")
         return int(handle)
 
     def close(self, workspace: int) -> None:
@@ -111,7 +113,8 @@ class Library:
         weight_NK = np.ascontiguousarray(weight_NK, np.float32)
         values, scales = np.empty(weight_NK.shape, np.int8), np.empty(len(weight_NK), np.float32)
         pointers = [c_void_p(array.ctypes.data) for array in (weight_NK, values, scales)]
-        self.functions.ferry_round(pointers[0], *weight_NK.shape, pointers[1], pointers[2])
+        if self.functions.ferry_round(pointers[0], *weight_NK.shape, pointers[1], pointers[2]):
+            raise MemoryError
         return values, scales
 
 
@@ -129,6 +132,7 @@ class Packed:
     @classmethod
     def empty(cls, kind: int, rows: int, cols: int) -> Packed:
         """Return room for a weight, all zero."""
+        assert kind != INT8 or cols <= MAX_INTEGER_COLS, (cols, MAX_INTEGER_COLS)
         padded_cols = cols + cols % 2 if kind == INT8 else cols
         num_bytes = -(-rows // PANEL) * PANEL * padded_cols * ITEM_BYTES[kind]
         scales = np.zeros(rows, np.float32) if kind == INT8 else None
@@ -166,7 +170,7 @@ def open_library(name: str) -> Library | None:
         return None
     functions.ferry_open.restype, functions.ferry_open.argtypes = c_void_p, [c_int64]
     functions.ferry_close.argtypes = [c_void_p]
-    for function in (functions.ferry_forward, functions.ferry_linear):
+    for function in (functions.ferry_forward, functions.ferry_linear, functions.ferry_round):
         function.restype = c_int64
     functions.ferry_forward.argtypes = [c_void_p, POINTER(ModelStruct), POINTER(BatchStruct)]
     functions.ferry_linear.argtypes = [c_void_p, POINTER(LinearStruct), c_void_p, c_int64, c_void_p]

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ferry.core import family as f
 from ferry.core.family import Model
-from ferry.core.floats import to_float32
+from ferry.core.floats import FLOATS, to_float32
 from ferry.core.gather import Items2D, Sources
 from ferry.core.layout import Local, Part, Piece, whole
 from ferry.core.quantized import PER_ROW, PER_TENSOR, Scheme
@@ -51,9 +51,12 @@ class Weights:
         return dict(self._checkpoint.schemes) if self._checkpoint else {}
 
     def can_be_packed(self) -> bool:
-        """Say whether the kernels compute what the integers mean: 8 bits, activations rounded token by token."""
+        """Say whether the kernels compute what the weights mean: floats, or 8 bits with activations by token."""
         kinds = {(s.bits, s.group in (PER_ROW, PER_TENSOR), s.activations) for s in self.schemes.values()}
-        return kinds <= {(8, True, "token")} and all(
+        floats = [name for name in self.model.canonical() if name.removesuffix(WEIGHT) not in self.schemes]
+        if not kinds <= {(8, True, "token")} or any(self._sources.dtype(name) not in FLOATS for name in floats):
+            return False
+        return all(
             len({self._kind(self.model.part(role, layer)) for role in roles}) == 1
             for layer in range(self.model.dims.num_layers)
             for roles in ((f.QUERY, f.KEY, f.VALUE), (f.GATE, f.UP))

@@ -13,7 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 Float32 = npt.NDArray[np.float32]
-KNOWN = ("default", "linear", "llama3", "yarn")
+NEEDED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+}
+"""The kinds that are computed here, and what a config.json must say for each."""
 
 
 class Tables(NamedTuple):
@@ -39,7 +45,8 @@ def is_known(config: Mapping[str, Any]) -> bool:
     found = parameters(config)
     is_nested = any(isinstance(value, Mapping) for value in found.values())
     is_whole = found["partial_rotary_factor"] == 1.0 and found["rope_theta"] is not None
-    return not is_nested and is_whole and found["rope_type"] in KNOWN
+    needed = NEEDED.get(found["rope_type"])
+    return not is_nested and is_whole and needed is not None and all(found.get(key) is not None for key in needed)
 
 
 def tables(config: Mapping[str, Any], head_dim: int, max_positions: int) -> Tables:

@@ -50,11 +50,11 @@ static void attend(const Cache& c, const int32_t* table, long h, float scale, co
         const long count = std::min(CHUNK, last - chunk), padded = panels(count) * PANEL;
         for (long k = 0; k < padded; k += PANEL) {
             const long place = chunk + k, block = table[place / c.block_size], at = place % c.block_size;
-            V8 acc[R][2];
-            float_tile<Float32, R>(queries, D, c.keys + c.head(block, h) + at * D, D, acc);
+            V8 acc[R][1][2];
+            float_tile<Float32, R, 1>(queries, D, c.keys + c.head(block, h) + at * D, 0, D, acc);
             for (int r = 0; r < R; r++) {
-                store(scores[r] + k, acc[r][0] * all(scale));
-                store(scores[r] + k + LANES, acc[r][1] * all(scale));
+                store(scores[r] + k, acc[r][0][0] * all(scale));
+                store(scores[r] + k + LANES, acc[r][0][1] * all(scale));
             }
         }
         for (int r = 0; r < R; r++) {

@@ -2,8 +2,6 @@
 #pragma once
 #include <Python.h>
 
-#include <new>
-
 #include "model.h"
 
 #define FERRY_API extern "C" __attribute__((visibility("default")))
@@ -12,16 +10,23 @@ using namespace ferry;
 
 FERRY_API int64_t ferry_layout() { return 1; }
 
-FERRY_API void* ferry_open(int64_t num_threads) { return new (std::nothrow) Workspace((int)num_threads); }
+// Return null where there is no memory or no thread to be had: nothing is thrown across this border.
+FERRY_API void* ferry_open(int64_t num_threads) {
+    try {
+        return new Workspace((int)num_threads);
+    } catch (...) {
+        return nullptr;
+    }
+}
 
 FERRY_API void ferry_close(void* workspace) { delete (Workspace*)workspace; }
 
-// Return 0, or 1 where memory ran out: nothing is thrown across this border.
+// Return 0, or 1 where memory ran out.
 FERRY_API int64_t ferry_forward(void* workspace, const Model* model, const Batch* batch) {
     try {
         forward(*(Workspace*)workspace, *model, *batch);
         return 0;
-    } catch (const std::bad_alloc&) {
+    } catch (...) {
         return 1;
     }
 }
@@ -31,7 +36,7 @@ FERRY_API int64_t ferry_linear(void* workspace, const Linear* l, const float* x,
     try {
         linear(*(Workspace*)workspace, *l, m, nullptr, out, false, AsItIs{x, (long)l->cols});
         return 0;
-    } catch (const std::bad_alloc&) {
+    } catch (...) {
         return 1;
     }
 }
@@ -58,11 +63,16 @@ FERRY_API void ferry_pack(const void* from, void* to, int64_t rows, int64_t cols
 }
 
 // Round rows [N, K] to 8 bits with a scale each, as `core.quantized.quantize` does without clips.
-FERRY_API void ferry_round(const float* from, int64_t rows, int64_t cols, int8_t* to, float* scales) {
-    std::vector<int16_t> row(pairs(cols) * 2);
-    for (int64_t n = 0; n < rows; n++) {
-        scales[n] = round_row(from + n * cols, cols, row.data());
-        for (int64_t k = 0; k < cols; k++) to[n * cols + k] = (int8_t)row[k];
+FERRY_API int64_t ferry_round(const float* from, int64_t rows, int64_t cols, int8_t* to, float* scales) {
+    try {
+        std::vector<int16_t> row(pairs(cols) * 2);
+        for (int64_t n = 0; n < rows; n++) {
+            scales[n] = round_row(from + n * cols, cols, row.data());
+            for (int64_t k = 0; k < cols; k++) to[n * cols + k] = (int8_t)row[k];
+        }
+        return 0;
+    } catch (...) {
+        return 1;
     }
 }
 

@@ -22,75 +22,87 @@ struct Linear {
     const float* bias;    // [N] or null
 };
 
-constexpr long TILE = 6;        // rows that share loaded weights
+constexpr long TILE = 6;        // rows that share loaded weights, at most
 constexpr long BAND = 96;       // rows that stay in the cache while all weights pass
-constexpr long UNPACK_FROM = 13;  // rows from which weights of 16 bits are widened once, not for each tile
+constexpr long UNPACK_FROM = 4;   // rows from which weights of 16 bits are widened once, not for each tile
 constexpr long SMALL = 1 << 21;   // products below which waking threads costs more than it brings
 
 static inline long panels(long rows) { return (rows + PANEL - 1) / PANEL; }
 static inline long pairs(long cols) { return (cols + 1) / 2; }
 
-template <class W, int R>
-static inline void float_tile(const float* x, long ldx, const typename W::Item* w, long k_count, V8 (&acc)[R][2]) {
-    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = all(0.0f);
-    for (long k = 0; k < k_count; k++) {
-        const V8 a = W::load8(w + k * PANEL), b = W::load8(w + k * PANEL + LANES);
-        for (int r = 0; r < R; r++) {
-            const V8 v = all(x[r * ldx + k]);
-            acc[r][0] = fma(v, a, acc[r][0]);
-            acc[r][1] = fma(v, b, acc[r][1]);
-        }
-    }
+// How `count` rows are cut into tiles: as even as can be, for a tile of one or two rows waits for its own sums.
+static inline long tile_rows(long left) {
+    const long tiles = (left + TILE - 1) / TILE;
+    return (left + tiles - 1) / tiles;
 }
 
-// One row and four panels: enough sums that do not wait for each other.
-template <class W>
-static inline void float_row(const float* x, const typename W::Item* w, long stride, long k_count, V8 (&acc)[4][2]) {
-    for (int p = 0; p < 4; p++) acc[p][0] = acc[p][1] = all(0.0f);
+// R rows with P panels: 2 * R * P sums that do not wait for each other.
+template <class W, int R, int P>
+static inline void float_tile(const float* x, long ldx, const typename W::Item* w, long stride, long k_count,
+                              V8 (&acc)[R][P][2]) {
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) acc[r][p][0] = acc[r][p][1] = all(0.0f);
     for (long k = 0; k < k_count; k++) {
-        const V8 v = all(x[k]);
-        for (int p = 0; p < 4; p++) {
+        for (int p = 0; p < P; p++) {
             const typename W::Item* at = w + p * stride + k * PANEL;
-            acc[p][0] = fma(v, W::load8(at), acc[p][0]);
-            acc[p][1] = fma(v, W::load8(at + LANES), acc[p][1]);
+            const V8 a = W::load8(at), b = W::load8(at + LANES);
+            for (int r = 0; r < R; r++) {
+                const V8 v = all(x[r * ldx + k]);
+                acc[r][p][0] = fma(v, a, acc[r][p][0]);
+                acc[r][p][1] = fma(v, b, acc[r][p][1]);
+            }
         }
     }
 }
 
 static inline void put(float* out, V8 a, V8 b, const float* bias, long count, bool add) {
+    if (count == PANEL && !bias) {
+        store(out, add ? load(out) + a : a);
+        store(out + LANES, add ? load(out + LANES) + b : b);
+        return;
+    }
     float both[PANEL];
     store(both, a);
     store(both + LANES, b);
     for (long i = 0; i < count; i++) {
-        float v = both[i] + (bias ? bias[i] : 0.0f);
+        const float v = bias ? both[i] + bias[i] : both[i];
         out[i] = add ? out[i] + v : v;
     }
 }
 
-template <class W, int R>
+template <class W, int R, int P>
 static void float_rows(const float* x, long ldx, const typename W::Item* w, const Linear& l, long panel, float* out,
                        long ldo, bool add) {
-    V8 acc[R][2];
-    float_tile<W, R>(x, ldx, w, l.cols, acc);
-    const long n = panel * PANEL, count = std::min(PANEL, (long)l.rows - n);
-    for (int r = 0; r < R; r++)
-        put(out + r * ldo + n, acc[r][0], acc[r][1], l.bias ? l.bias + n : nullptr, count, add);
+    V8 acc[R][P][2];
+    float_tile<W, R, P>(x, ldx, w, l.cols * PANEL, l.cols, acc);
+    for (int p = 0; p < P; p++) {
+        const long n = (panel + p) * PANEL, count = std::min(PANEL, (long)l.rows - n);
+        for (int r = 0; r < R; r++)
+            put(out + r * ldo + n, acc[r][p][0], acc[r][p][1], l.bias ? l.bias + n : nullptr, count, add);
+    }
 }
 
-template <class W>
-static void float_panel(const float* x, long m, long ldx, const typename W::Item* w, const Linear& l, long panel,
-                        float* out, long ldo, bool add) {
-    long r = 0;
-    for (; r + TILE <= m; r += TILE) float_rows<W, 6>(x + r * ldx, ldx, w, l, panel, out + r * ldo, ldo, add);
-    x += r * ldx;
-    out += r * ldo;
-    switch (m - r) {
-        case 5: return float_rows<W, 5>(x, ldx, w, l, panel, out, ldo, add);
-        case 4: return float_rows<W, 4>(x, ldx, w, l, panel, out, ldo, add);
-        case 3: return float_rows<W, 3>(x, ldx, w, l, panel, out, ldo, add);
-        case 2: return float_rows<W, 2>(x, ldx, w, l, panel, out, ldo, add);
-        case 1: return float_rows<W, 1>(x, ldx, w, l, panel, out, ldo, add);
-        default: return;
+// All rows with P panels.
+template <class W, int P>
+static void float_panels(const float* x, long m, long ldx, const typename W::Item* w, const Linear& l, long panel,
+                         float* out, long ldo, bool add) {
+    for (long r = 0, rows; r < m; r += rows) {
+        rows = tile_rows(m - r);
+        const float* from = x + r * ldx;
+        float* to = out + r * ldo;
+        if constexpr (P == 1) {
+            switch (rows) {
+                case 6: float_rows<W, 6, 1>(from, ldx, w, l, panel, to, ldo, add); continue;
+                case 5: float_rows<W, 5, 1>(from, ldx, w, l, panel, to, ldo, add); continue;
+                case 4: float_rows<W, 4, 1>(from, ldx, w, l, panel, to, ldo, add); continue;
+                default: break;
+            }
+        }
+        switch (rows) {
+            case 3: float_rows<W, 3, P>(from, ldx, w, l, panel, to, ldo, add); break;
+            case 2: float_rows<W, 2, P>(from, ldx, w, l, panel, to, ldo, add); break;
+            default: float_rows<W, 1, P>(from, ldx, w, l, panel, to, ldo, add); break;
+        }
     }
 }
 
@@ -102,28 +114,23 @@ static void float_linear(Pool& pool, const Linear& l, const float* x, long m, fl
     pool.run(chunks, [&](long chunk) {
         const long first = num * chunk / chunks, last = num * (chunk + 1) / chunks;
         long panel = first;
-        if (m == 1) {
-            for (; panel + 4 <= last; panel += 4) {
-                V8 acc[4][2];
-                float_row<W>(x, data + panel * stride, stride, l.cols, acc);
-                for (int p = 0; p < 4; p++) {
-                    const long n = (panel + p) * PANEL;
-                    put(out + n, acc[p][0], acc[p][1], l.bias ? l.bias + n : nullptr,
-                        std::min(PANEL, (long)l.rows - n), add);
-                }
-            }
-        }
+        if (m == 1)
+            for (; panel + 4 <= last; panel += 4)
+                float_panels<W, 4>(x, m, l.cols, data + panel * stride, l, panel, out, l.rows, add);
+        if (m == 2 || m == 3)
+            for (; panel + 2 <= last; panel += 2)
+                float_panels<W, 2>(x, m, l.cols, data + panel * stride, l, panel, out, l.rows, add);
         std::vector<float> wide(sizeof(typename W::Item) < 4 && m >= UNPACK_FROM ? stride : 0);
         for (long band = 0; band < m; band += BAND) {
             const long rows = std::min(BAND, m - band);
             for (long p = panel; p < last; p++) {
                 const typename W::Item* w = data + p * stride;
                 if (wide.empty()) {
-                    float_panel<W>(x + band * l.cols, rows, l.cols, w, l, p, out + band * l.rows, l.rows, add);
+                    float_panels<W, 1>(x + band * l.cols, rows, l.cols, w, l, p, out + band * l.rows, l.rows, add);
                 } else {
                     for (long i = 0; i < stride; i += LANES) store(wide.data() + i, W::load8(w + i));
-                    float_panel<Float32>(x + band * l.cols, rows, l.cols, wide.data(), l, p, out + band * l.rows,
-                                         l.rows, add);
+                    float_panels<Float32, 1>(x + band * l.cols, rows, l.cols, wide.data(), l, p, out + band * l.rows,
+                                             l.rows, add);
                 }
             }
         }
@@ -205,18 +212,18 @@ static void int8_linear(Pool& pool, const Linear& l, const int16_t* x, const flo
                     int8_rows<1, 2>(x, x_scales, ldx, data + p * stride, l, p, out, l.rows, add);
             for (; p < last; p++) {
                 const int8_t* w = data + p * stride;
-                long r = band;
-                for (; r + TILE <= end; r += TILE)
-                    int8_rows<6, 1>(x + r * ldx, x_scales + r, ldx, w, l, p, out + r * l.rows, l.rows, add);
-                const int16_t* xr = x + r * ldx;
-                float* to = out + r * l.rows;
-                switch (end - r) {
-                    case 5: int8_rows<5, 1>(xr, x_scales + r, ldx, w, l, p, to, l.rows, add); break;
-                    case 4: int8_rows<4, 1>(xr, x_scales + r, ldx, w, l, p, to, l.rows, add); break;
-                    case 3: int8_rows<3, 1>(xr, x_scales + r, ldx, w, l, p, to, l.rows, add); break;
-                    case 2: int8_rows<2, 1>(xr, x_scales + r, ldx, w, l, p, to, l.rows, add); break;
-                    case 1: int8_rows<1, 1>(xr, x_scales + r, ldx, w, l, p, to, l.rows, add); break;
-                    default: break;
+                for (long r = band, rows; r < end; r += rows) {
+                    rows = tile_rows(end - r);
+                    const int16_t* xr = x + r * ldx;
+                    float* to = out + r * l.rows;
+                    switch (rows) {
+                        case 6: int8_rows<6, 1>(xr, x_scales + r, ldx, w, l, p, to, l.rows, add); break;
+                        case 5: int8_rows<5, 1>(xr, x_scales + r, ldx, w, l, p, to, l.rows, add); break;
+                        case 4: int8_rows<4, 1>(xr, x_scales + r, ldx, w, l, p, to, l.rows, add); break;
+                        case 3: int8_rows<3, 1>(xr, x_scales + r, ldx, w, l, p, to, l.rows, add); break;
+                        case 2: int8_rows<2, 1>(xr, x_scales + r, ldx, w, l, p, to, l.rows, add); break;
+                        default: int8_rows<1, 1>(xr, x_scales + r, ldx, w, l, p, to, l.rows, add); break;
+                    }
                 }
             }
         }
@@ -224,7 +231,8 @@ static void int8_linear(Pool& pool, const Linear& l, const int16_t* x, const flo
 }
 
 // A row as 8-bit numbers (in 16 bits) and its scale: max|x| / 127, rounded to nearest, ties to even. A row with a value
-// that is not finite gets a scale that is not a number, and so does everything made of it.
+// that is not finite gets a scale that is not a number, and so does everything made of it. Of the smallest rows the scale
+// has few bits, and may be too small: so numbers are cut at 127.
 static inline float round_row(const float* x, long count, int16_t* out) {
     const long padded = pairs(count) * 2, whole = count / LANES * LANES;
     float most = 0.0f;
@@ -249,12 +257,15 @@ static inline float round_row(const float* x, long count, int16_t* out) {
     }
     const V8 magic = all(ROUNDING), by = all(scale);
     for (long i = 0; i < whole; i += LANES) {
-        const I8 rounded = (I8)(load(x + i) / by + magic) - (I8)magic;
+        I8 rounded = (I8)(load(x + i) / by + magic) - (I8)magic;
+        rounded = rounded > 127 ? I8{} + 127 : rounded;
+        rounded = rounded < -127 ? I8{} - 127 : rounded;
         typedef int16_t S8 __attribute__((vector_size(16)));
         const S8 narrow = __builtin_convertvector(rounded, S8);
         std::memcpy(out + i, &narrow, sizeof narrow);
     }
-    for (long i = whole; i < count; i++) out[i] = (int16_t)std::nearbyint(x[i] / scale);
+    for (long i = whole; i < count; i++)
+        out[i] = (int16_t)std::min(127.0f, std::max(-127.0f, std::nearbyint(x[i] / scale)));
     for (long i = count; i < padded; i++) out[i] = 0;
     return scale;
 }
