@@ -179,9 +179,10 @@ def is_coloured(stream: IO[str]) -> bool:
 
 
 def error_text(message: str, repair: str, code: str, stream: IO[str]) -> str:
-    """Return `error: message; repair [code]`."""
+    """Return `error: message; repair [code]`; after a message that is a list, on a line of its own."""
     word = "\x1b[31merror:\x1b[0m" if is_coloured(stream) else "error:"
-    return f"{word} {message}{f'; {repair}' if repair else ''} [{code}]\n"
+    joint = "\n" if "\n" in message else "; "
+    return f"{word} {message}{joint + repair if repair else ''} [{code}]\n"
 
 
 def plan_text(plan: Plan) -> str:

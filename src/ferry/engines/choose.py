@@ -44,21 +44,18 @@ def choose(name: str, settings: EngineSettings, known: Mapping[str, EngineKind] 
         kind = find(name) if known is None else known[name]
         return Choice(kind, [(kind.name, _insist(kind, settings))])
     candidates: list[tuple[str, Verdict]] = []
+    stages: list[int] = []
     chosen: EngineKind | None = None
     for kind in (kinds() if known is None else known).values():
-        verdict = _judge(kind, settings)
+        stage, verdict = _judge(kind, settings)
         if chosen is not None and verdict.usable:
             verdict = Verdict(False, f"it would run too; {chosen.name} comes first (--engine {kind.name} takes it)")
         elif verdict.usable:
             chosen = kind
         candidates.append((kind.name, verdict))
+        stages.append(stage)
     if chosen is None:
-        reasons = "; ".join(f"{name}: {verdict.reason}" for name, verdict in candidates)
-        raise UnavailableError(
-            f"no engine here runs {settings.model}: {reasons}",
-            code="engine.none",
-            repair="do what one of them says, or pull the model in another form",
-        )
+        raise _none(settings, candidates, stages)
     return Choice(chosen, candidates)
 
 
@@ -71,18 +68,35 @@ def not_followed(kind: EngineKind, settings: EngineSettings) -> list[str]:
     ]
 
 
-def _judge(kind: EngineKind, settings: EngineSettings) -> Verdict:
+def _judge(kind: EngineKind, settings: EngineSettings) -> tuple[int, Verdict]:
+    """Return the verdict, and how many questions were answered with yes."""
     here = kind.available(settings)
     if not here.usable:
-        return here
+        return 0, here
     runs = kind.runs(settings)
     if not runs.usable:
-        return runs
+        return 1, runs
     ignored = not_followed(kind, settings)
     if ignored:
-        return Verdict(False, f"it does not have {', '.join(ignored)}")
+        words = ", ".join(ignored)
+        return 2, Verdict(False, f"it does not have {words}", f"leave {words} out")
     wanted = kind.wanted(settings)
-    return wanted if not wanted.usable else Verdict(True, wanted.reason or runs.reason or here.reason)
+    if not wanted.usable:
+        return 3, wanted._replace(remedy=f"--engine {kind.name}")
+    return 4, Verdict(True, wanted.reason or runs.reason or here.reason)
+
+
+def _none(settings: EngineSettings, candidates: list[tuple[str, Verdict]], stages: list[int]) -> UnavailableError:
+    """Return the refusal where no engine can: one a line, first what is mended most easily."""
+    found = sorted(zip(candidates, stages, strict=True), key=lambda each: (not each[0][1].remedy, -each[1]))
+    listed = "\n  ".join(f"{name}: {verdict.reason}" for (name, verdict), _ in found)
+    remedy = found[0][0][1].remedy
+    likely = f"most likely: {remedy}; else " if remedy else ""
+    return UnavailableError(
+        f"no engine here runs {settings.model}\n  {listed}",
+        code="engine.none",
+        repair=f"{likely}do what one of them says, or pull the model in another form",
+    )
 
 
 def _insist(kind: EngineKind, settings: EngineSettings) -> Verdict:

@@ -70,6 +70,8 @@ class Condition(NamedTuple):
     state: State
     reason: str = ""
     num_restarts: int = 0
+    last_death: str = ""
+    """Why it was started again the last time; it stays when the engine is ready again."""
 
 
 class Engine(Protocol):
@@ -106,6 +108,8 @@ class Verdict(NamedTuple):
 
     usable: bool
     reason: str
+    remedy: str = ""
+    """What would make an engine usable that suits this machine and model; "" where nothing simple does."""
 
 
 def _always(settings: EngineSettings) -> Verdict:
@@ -114,6 +118,10 @@ def _always(settings: EngineSettings) -> Verdict:
 
 def _this_machine(settings: EngineSettings) -> Place:
     return machine()
+
+
+def _never(settings: EngineSettings) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,8 @@ class EngineKind:
     """Whether `auto` may take it: what can be used here may still not be what anybody wants, as vLLM on a CPU."""
     place: Callable[[EngineSettings], Place] = _this_machine
     """The memory it puts a model into, for what is refused before it starts."""
+    widens: Callable[[EngineSettings], bool] = _never
+    """Whether it holds weights as they are stored, and computes and caches in float32 whatever the hardware has."""
 
 
 def kinds() -> dict[str, EngineKind]:

@@ -17,6 +17,8 @@ MIB = 1 << 20
 PATIENCE_S = 10
 TORCH_BYTES = 400_000_000
 """What Python takes with torch and one step of a small model (measured)."""
+KERNELS_BYTES = 256 << 20
+"""What Ferry's own kernels need without torch: Python, the front end, the allocator (measured)."""
 ROOT = Path("/")
 CGROUPS = (
     ("sys/fs/cgroup", "memory.max", "memory.current"),

@@ -18,7 +18,9 @@ RESERVE_BYTES = 250_000_000
 def _available(settings: EngineSettings) -> Verdict:
     missing = [name for name in ("xllamacpp", "httpx", "gguf", "tokenizers") if find_spec(name) is None]
     if missing:
-        return Verdict(False, f"{', '.join(missing)} is not installed: pip install 'llmferry[llamacpp]'")
+        way = "pip install 'llmferry[llamacpp]'"
+        is_its_own = settings.model.suffix == ".gguf"
+        return Verdict(False, f"{', '.join(missing)} is not installed: {way}", way if is_its_own else "")
     return Verdict(True, "xllamacpp is installed")
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ferry.core.environment import usable_cores
 from ferry.core.errors import UnavailableError
+from ferry.engines.endings import failed, refused, refused_whole
 from ferry.engines.engine import Condition, EngineInfo, EngineSettings
 from ferry.engines.grammar_guard import GrammarGuard
 from ferry.engines.hardware import Place
@@ -34,11 +35,11 @@ from ferry.guided.refusal import Refusal
 if TYPE_CHECKING:
     import httpx
 
+NAME = "llama.cpp"
 MAX_SLOTS = 32
 """Answers at the same time: each slot has buffers of its own."""
 CACHE_STEP = 256
 SAMPLE = re.compile(r"^llamacpp:(\w+) ([-+.\w]+)$", re.MULTILINE)
-BAD_REQUEST = 400
 LEFT_THE_GRAMMAR = "llama.cpp left the grammar: its llguidance does not take this one; use --engine native"
 
 
@@ -109,15 +110,15 @@ class LlamacppEngine:
         lacking = missing(request.sampling)
         if lacking:
             message = f"engine llamacpp does not have {', '.join(lacking)}: leave it out, or use --engine native"
-            yield _error(request, message, "engine.request")
+            yield failed(request, message, "engine.request")
             return
         if self.condition.state != "ready":
-            yield _error(request, f"the engine is {self.condition.state}")
+            yield failed(request, f"the engine is {self.condition.state}")
             return
         try:
             watch = self._guard.watch(request.grammar) if request.grammar else None
         except Refusal as refusal:
-            yield _error(request, refusal.message, refusal.code)
+            yield failed(request, refusal.message, refusal.code)
             return
         body = body_of(request, self._max_model_len, prefix_caching=self._settings.prefix_caching)
         is_finished = False
@@ -126,11 +127,11 @@ class LlamacppEngine:
                 url = f"http://{LOCAL}:{self._server.port}/completion"
                 async with self._client.stream("POST", url, json=body) as response:
                     if response.status_code != httpx.codes.OK:
-                        yield _refused(request, response.status_code, await response.aread())
+                        yield refused_whole(request, NAME, response.status_code, await response.aread())
                         return
                     async for output in self._outputs(request, response, is_streamed=bool(body["stream"])):
                         if watch is not None and not watch.keeps(output.token_ids):
-                            yield _error(request, LEFT_THE_GRAMMAR, "guided.engine")
+                            yield failed(request, LEFT_THE_GRAMMAR, "guided.engine")
                             return
                         is_finished = output.finish is not None
                         yield output
@@ -199,7 +200,7 @@ class LlamacppEngine:
         await self._server.settle()
         if self.condition.state == "closed":
             return Output(request.id, finish="cancelled")
-        return _error(request, reason)
+        return failed(request, reason)
 
     async def _outputs(self, request: Request, response: httpx.Response, *, is_streamed: bool) -> AsyncIterator[Output]:
         if not is_streamed:
@@ -211,7 +212,7 @@ class LlamacppEngine:
                 continue
             said: Mapping[str, Any] = json.loads(line.removeprefix("data: "))
             if "error" in said:
-                yield _refused_by(request, said["error"])
+                yield refused(request, NAME, said["error"])
                 return
             output = stream.take(said)
             if output is not None:
@@ -262,23 +263,3 @@ class _Room:
             self._free -= number
             self._slots -= 1
             admitted.set_result(None)
-
-
-def _refused(request: Request, status: int, body: bytes) -> Output:
-    """Return the end of a request that llama.cpp would not take."""
-    try:
-        error = json.loads(body).get("error")
-    except (ValueError, AttributeError):
-        error = None
-    return _refused_by(request, error if isinstance(error, dict) else {"message": f"status {status}", "code": status})
-
-
-def _refused_by(request: Request, error: Mapping[str, Any]) -> Output:
-    text = " ".join(str(error.get("message", error)).split())
-    return _error(
-        request, f"llama.cpp: {text}", "engine.request" if error.get("code") == BAD_REQUEST else "engine.lost"
-    )
-
-
-def _error(request: Request, message: str, code: str = "engine.lost") -> Output:
-    return Output(request.id, finish="error", error_code=code, error_message=message)

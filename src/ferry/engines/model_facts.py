@@ -22,6 +22,8 @@ LENGTH_KEYS = (
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 HALF = 2
+SCHEMES = {"smoothquant": "W8A8", "w8a8": "W8A8", "awq": "W4A16", "compressed-tensors": "", "ascend": ""}
+"""What a word for quantization says of a model; "" = the word is the name of its format."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class ModelFacts:
         """Say in a few words what it is."""
         how = " ".join(part for part in (self.format, self.scheme) if part) or self.dtype or "float"
         return f"{self.architecture or self.model_type or 'a model'}, {how}"
+
+    def is_called(self, word: str) -> bool:
+        """Say whether it is quantized as a word of `SCHEMES` says."""
+        return bool(self.format) and (word == self.format or SCHEMES.get(word, "") == self.scheme != "")
 
     def weights_bytes(self, dtype: str, *, is_rounded: bool = False) -> int:
         """Return what the weights take with floats of a type; `is_rounded`: linear layers become 8-bit integers."""

@@ -10,16 +10,19 @@ from typing import Any
 
 from ferry.core.errors import FerryError
 from ferry.engines.engine import Engine, EngineKind, EngineSettings, Verdict
+from ferry.engines.hardware import KERNELS_BYTES, Place, machine
 
 NEEDED = ("llguidance", "tokenizers")
 FOR_OTHER_MODELS = ("torch", "transformers")
 """Needed for models that the kernels do not run."""
+WITH_TORCH = "pip install 'llmferry[serve,train]'"
 
 
 def _available(settings: EngineSettings) -> Verdict:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        return Verdict(False, f"{', '.join(missing)} is not installed: pip install 'llmferry[serve]'")
+        remedy = "pip install 'llmferry[serve]'"
+        return Verdict(False, f"{', '.join(missing)} is not installed: {remedy}", remedy)
     return Verdict(True, "its packages are installed")
 
 
@@ -35,19 +38,30 @@ def _runs(settings: EngineSettings) -> Verdict:
         return Verdict(False, "an encoder with a decoder is not a causal model")
     if not any(settings.model.glob("*.safetensors")):
         return Verdict(False, f"{settings.model} has no weights in safetensors: `ferry convert` makes some")
-    from ferry.engines.native.fast import why_not
-
     try:
-        reason = why_not(settings)
+        reason = _why_not_kernels(settings)
     except FerryError as error:  # incomplete weights, a quantization that Ferry does not read
         return Verdict(False, str(error))
     if not reason:
         return Verdict(True, "its kernels run this model")
     missing = [name for name in FOR_OTHER_MODELS if find_spec(name) is None]
     if missing:
-        need = f"{' and '.join(missing)} would be needed: pip install 'llmferry[serve,train]'"
-        return Verdict(False, f"{reason}; {need}")
+        return Verdict(False, f"{reason}; {' and '.join(missing)} would be needed: {WITH_TORCH}", WITH_TORCH)
     return Verdict(True, f"transformers computes it: {reason}")
+
+
+def _widens(settings: EngineSettings) -> bool:
+    return not _why_not_kernels(settings)
+
+
+def _place(settings: EngineSettings) -> Place:
+    return machine(KERNELS_BYTES) if _widens(settings) else machine()
+
+
+def _why_not_kernels(settings: EngineSettings) -> str:
+    from ferry.engines.native.fast import why_not
+
+    return why_not(settings)
 
 
 def _make(settings: EngineSettings) -> Engine:
@@ -64,4 +78,6 @@ ENGINE = EngineKind(
     runs=_runs,
     make=_make,
     options=frozenset({"tensor_parallel_size", "environment", "further"}),
+    place=_place,
+    widens=_widens,
 )

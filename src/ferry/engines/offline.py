@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ferry.core.errors import ConfigError, FerryError, InputError, IntegrityError, UnavailableError, did_you_mean
 from ferry.engines.answers import Answer, CompletionOutput, RequestOutput
 from ferry.engines.engine import EngineInfo, EngineSettings
-from ferry.engines.model_facts import ModelFacts, read_facts
+from ferry.engines.model_facts import SCHEMES, ModelFacts, read_facts
 from ferry.engines.parameters import SamplingParams, defaults_of
 from ferry.engines.preflight import check_model
 from ferry.engines.request import Request
@@ -31,8 +31,6 @@ from ferry.guided.validate import check
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-SCHEMES = {"smoothquant": "W8A8", "w8a8": "W8A8", "awq": "W4A16", "compressed-tensors": "", "ascend": ""}
-"""What a word for quantization says of a checkpoint; "" = the word is the name of its format."""
 ROUND_TO = "w8a8"
 NAMES = {"enable_prefix_caching": "prefix_caching"}
 """vLLM's names of settings that have another one here."""
@@ -272,7 +270,7 @@ def _refuse_unknown(options: Mapping[str, Any]) -> None:
 
 def _quantization(wanted: str | None, facts: ModelFacts) -> str:
     """Return what is done while loading; refuse a word that is not what the model is."""
-    if wanted is None or (facts.format and wanted == facts.format):
+    if wanted is None or facts.is_called(wanted):
         return ""
     if wanted not in SCHEMES:
         known = list(SCHEMES)
@@ -283,8 +281,6 @@ def _quantization(wanted: str | None, facts: ModelFacts) -> str:
         )
     if not facts.format and wanted == ROUND_TO:
         return ROUND_TO
-    if facts.format and SCHEMES[wanted] == facts.scheme:
-        return ""
     raise ConfigError(
         f"quantization={wanted!r}: {facts.path} is {facts.described}",
         code="offline.quantization",

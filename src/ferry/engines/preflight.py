@@ -67,8 +67,10 @@ def check_model(facts: ModelFacts, settings: EngineSettings) -> None:
     _check_ranks(facts, settings)
 
 
-def compute_dtype(facts: ModelFacts, settings: EngineSettings, *, on_cpu: bool) -> str:
-    """Return the type an engine computes in."""
+def compute_dtype(facts: ModelFacts, settings: EngineSettings, *, on_cpu: bool, widens: bool = False) -> str:
+    """Return the type an engine computes in. `widens`: as in `EngineKind`."""
+    if widens:
+        return "float32"
     if facts.is_gguf:
         return "float16"  # what llama.cpp keeps keys and values in
     if settings.dtype != "auto":
@@ -80,21 +82,24 @@ def compute_dtype(facts: ModelFacts, settings: EngineSettings, *, on_cpu: bool) 
     return facts.dtype if facts.dtype in ("bfloat16", "float16") else "float16"
 
 
-def plan_memory(facts: ModelFacts, settings: EngineSettings, place: Place, dtype: str) -> Memory:
-    """Divide a device's memory; refuse what does not fit, saying what to lower and to what."""
+def plan_memory(
+    facts: ModelFacts, settings: EngineSettings, place: Place, dtype: str, *, widens: bool = False
+) -> Memory:
+    """Divide a device's memory; refuse what does not fit, saying what to lower and to what. `widens`: as above."""
+    held = facts.dtype if widens else dtype
     ranks = settings.tensor_parallel_size
     is_rounded = settings.quantization == "w8a8"
     if place.unpacks and facts.scheme == "W4A16":
         values = facts.float_values + facts.integer_bytes * VALUES_OF_A_BYTE
         facts = replace(facts, float_values=values, integer_bytes=0)
-    weights = facts.weights_bytes(dtype, is_rounded=is_rounded) // ranks
+    weights = facts.weights_bytes(held, is_rounded=is_rounded) // ranks
     per_token = -(-facts.cache_bytes_per_token(dtype) // ranks)
     length = settings.max_model_len or facts.max_positions or ASSUMED_LENGTH
     if not place.total_bytes or not per_token:
         return Memory(weights, place.reserve_bytes, settings.kv_cache_memory_bytes or 0, per_token, 0, length)
     fixed = weights + place.reserve_bytes
     if fixed + LEAST_LENGTH * per_token > place.free_bytes:
-        raise _weights_too_large(facts, settings, place, dtype, fixed)
+        raise _weights_too_large(facts, settings, place, held, fixed)
     settings, notes = _within_reach(settings, place, fixed)
     cache = _cache_bytes(settings, place, fixed, per_token, length)
     tokens = cache // per_token // STEP * STEP

@@ -130,10 +130,11 @@ class ServerProcess:
             assert self._process is not None
             status = await self._process.wait()
             reason = f"the process ended ({how_ended(status)})"
-            self._condition = Condition("restarting", reason, self._condition.num_restarts + 1)
+            self._condition = Condition("restarting", reason, self._condition.num_restarts + 1, reason)
             await self._end()
             num_deaths = 0 if time.monotonic() - since_s > WELL_AFTER_S else num_deaths
-            self._condition = self._condition._replace(reason=str(self._failure(status)))
+            reason = str(self._failure(status))
+            self._condition = self._condition._replace(reason=reason, last_death=reason)
             while self._condition.state == "restarting":
                 if num_deaths == len(PAUSES_S):
                     self._condition = self._condition._replace(state="failed")
@@ -145,7 +146,7 @@ class ServerProcess:
                 except (FerryError, OSError) as error:
                     self._condition = self._condition._replace(reason=str(error))
                 else:
-                    self._condition = Condition("ready", "", self._condition.num_restarts)
+                    self._condition = self._condition._replace(state="ready", reason="")
 
     async def _read(self, process: Process) -> None:
         """Follow what the process writes until it ends."""

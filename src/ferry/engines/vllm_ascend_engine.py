@@ -5,11 +5,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ferry.core.errors import UnavailableError
 from ferry.engines import vllm_judgement as judgement
 from ferry.engines.engine import Engine, EngineKind, EngineSettings, Verdict
-from ferry.engines.hardware import Place, ascend, machine
-from ferry.engines.vllm_environment import Environment
+from ferry.engines.hardware import Place, ascend
 
 NAME = "vllm-ascend"
 BLOCK_SIZE = 128
@@ -22,7 +20,7 @@ def with_defaults(settings: EngineSettings) -> EngineSettings:
 
 
 def _available(settings: EngineSettings) -> Verdict:
-    found = judgement.installed(settings, NAME)
+    found = judgement.installed(settings, NAME, ascend().num_devices)
     if isinstance(found, Verdict):
         return found
     if not found.vllm_ascend:
@@ -33,29 +31,21 @@ def _available(settings: EngineSettings) -> Verdict:
 
 
 def _runs(settings: EngineSettings) -> Verdict:
-    return judgement.runs(settings, _environment(settings), NAME, ascend())
+    return judgement.runs(settings, judgement.environment(settings, NAME), NAME, ascend())
 
 
 def _wanted(settings: EngineSettings) -> Verdict:
     number = ascend().num_devices
     are = "s are" if number > 1 else " is"
-    return Verdict(True, f"{number} Ascend NPU{are} here, and {_environment(settings).described}")
+    return Verdict(True, f"{number} Ascend NPU{are} here, and {judgement.environment(settings, NAME).described}")
 
 
 def _place(settings: EngineSettings) -> Place:
-    found = judgement.installed(settings, NAME)
-    return machine() if isinstance(found, Verdict) else judgement.place(found, ascend())
+    return judgement.place(settings, NAME, ascend())
 
 
 def _make(settings: EngineSettings) -> Engine:
-    return judgement.make(NAME, with_defaults(settings), _environment(settings), ascend())
-
-
-def _environment(settings: EngineSettings) -> Environment:
-    found = judgement.installed(settings, NAME)
-    if isinstance(found, Verdict):
-        raise UnavailableError(found.reason, code="engine.unavailable", repair="or use another --engine")
-    return found
+    return judgement.make(NAME, with_defaults(settings), ascend())
 
 
 ENGINE = EngineKind(

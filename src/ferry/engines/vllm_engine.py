@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from ferry.core.errors import UnavailableError
 from ferry.engines import vllm_judgement as judgement
 from ferry.engines.engine import Engine, EngineKind, EngineSettings, Verdict
-from ferry.engines.hardware import Place, machine, nvidia
-from ferry.engines.vllm_environment import Environment
+from ferry.engines.hardware import Place, nvidia
 
 NAME = "vllm"
 
 
 def _available(settings: EngineSettings) -> Verdict:
-    found = judgement.installed(settings, NAME)
+    found = judgement.installed(settings, NAME, nvidia().num_devices)
     if isinstance(found, Verdict):
         return found
     if found.vllm_ascend:
@@ -23,13 +21,13 @@ def _available(settings: EngineSettings) -> Verdict:
 
 
 def _runs(settings: EngineSettings) -> Verdict:
-    found = _environment(settings)
+    found = judgement.environment(settings, NAME)
     kind = "vllm-cpu" if found.is_for_cpu else "vllm-cuda"
     return judgement.runs(settings, found, kind, nvidia())
 
 
 def _wanted(settings: EngineSettings) -> Verdict:
-    found = _environment(settings)
+    found = judgement.environment(settings, NAME)
     if found.is_for_cpu:
         return Verdict(False, "its build for CPUs starts more slowly and is slower there (--engine vllm takes it)")
     number = nvidia().num_devices
@@ -37,19 +35,11 @@ def _wanted(settings: EngineSettings) -> Verdict:
 
 
 def _place(settings: EngineSettings) -> Place:
-    found = judgement.installed(settings, NAME)
-    return machine() if isinstance(found, Verdict) else judgement.place(found, nvidia())
+    return judgement.place(settings, NAME, nvidia())
 
 
 def _make(settings: EngineSettings) -> Engine:
-    return judgement.make(NAME, settings, _environment(settings), nvidia())
-
-
-def _environment(settings: EngineSettings) -> Environment:
-    found = judgement.installed(settings, NAME)
-    if isinstance(found, Verdict):
-        raise UnavailableError(found.reason, code="engine.unavailable", repair="or use another --engine")
-    return found
+    return judgement.make(NAME, settings, nvidia())
 
 
 ENGINE = EngineKind(

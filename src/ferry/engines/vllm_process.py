@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ferry.core.errors import UnavailableError
+from ferry.engines.endings import failed, refused, refused_whole
 from ferry.engines.engine import Condition, EngineInfo, EngineSettings
 from ferry.engines.hardware import Place
 from ferry.engines.model_facts import read_facts
@@ -34,7 +35,7 @@ METRICS = {
 """What vLLM's releases call the figures of `Stats`."""
 SAMPLE = re.compile(r"^vllm:(\w+)(?:\{(.*)\})? ([-+.\w]+)$", re.MULTILINE)
 LABEL = re.compile(r'(\w+)="([^"]*)"')
-BAD_REQUEST = 400
+NAME = "vLLM"
 
 
 class VllmEngine:
@@ -85,14 +86,14 @@ class VllmEngine:
         import httpx
 
         if self.condition.state != "ready":
-            yield _lost(request, f"the engine is {self.condition.state}")
+            yield failed(request, f"the engine is {self.condition.state}")
             return
         body = body_of(request, self._adapter, self.info.max_model_len)
         is_finished = False
         try:
             async with self._client.stream("POST", self._url("/v1/completions"), json=body) as response:
                 if response.status_code != httpx.codes.OK:
-                    yield _refused(request, response.status_code, await response.aread())
+                    yield refused_whole(request, NAME, response.status_code, await response.aread())
                     return
                 outputs = _streamed(request, response) if body.get("stream") else _whole(request, response)
                 async for output in outputs:
@@ -168,7 +169,7 @@ class VllmEngine:
         await self._server.settle()
         if self.condition.state == "closed":
             return Output(request.id, finish="cancelled")
-        return _lost(request, reason)
+        return failed(request, reason)
 
 
 def stats_of(metrics: str) -> Stats:
@@ -200,7 +201,7 @@ async def _streamed(request: Request, response: httpx.Response) -> AsyncIterator
             continue
         said: Mapping[str, Any] = json.loads(line.removeprefix("data: "))
         if "error" in said:
-            yield _failed(request, said["error"])
+            yield refused(request, NAME, said["error"])
             return
         usage = said.get("usage") or usage
         for choice in said.get("choices") or ():
@@ -215,23 +216,3 @@ async def _streamed(request: Request, response: httpx.Response) -> AsyncIterator
 async def _whole(request: Request, response: httpx.Response) -> AsyncIterator[Output]:
     said: Mapping[str, Any] = json.loads(await response.aread())
     yield output_of(request, said["choices"][0], said.get("usage"))
-
-
-def _refused(request: Request, status: int, body: bytes) -> Output:
-    """Return the end of a request that vLLM would not take."""
-    try:
-        error = json.loads(body).get("error")
-    except (ValueError, AttributeError):
-        error = None
-    return _failed(request, error if isinstance(error, dict) else {"message": f"status {status}", "code": status})
-
-
-def _failed(request: Request, error: Mapping[str, Any]) -> Output:
-    text = " ".join(str(error.get("message", error)).split())
-    is_ours = error.get("code") == BAD_REQUEST
-    code = "engine.request" if is_ours else "engine.lost"
-    return Output(request.id, finish="error", error_code=code, error_message=f"vLLM: {text}")
-
-
-def _lost(request: Request, reason: str) -> Output:
-    return Output(request.id, finish="error", error_code="engine.lost", error_message=reason)

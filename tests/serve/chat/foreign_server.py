@@ -16,7 +16,8 @@ USAGE = {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}
 
 
 class ForeignServer(ThreadingHTTPServer):
-    """Answers with `pieces`. `refusal` is a status and message instead; `is_endless`: it goes on until it is left."""
+    """Answers with `pieces`. `refusal` is a status and message instead; `is_endless`: it goes on until it is left;
+    `room`: it refuses a higher `max_tokens`."""
 
     daemon_threads = True
 
@@ -25,6 +26,7 @@ class ForeignServer(ThreadingHTTPServer):
         self.pieces: Sequence[str] = ("Good ", "day", ".")
         self.finish: str | None = "stop"
         self.refusal: tuple[int, str] | None = None
+        self.room: int | None = None
         self.key = ""
         self.is_endless = False
         self.was_left = threading.Event()
@@ -63,6 +65,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.server.refusal:
             status, message = self.server.refusal
             self._json(status, {"error": {"message": message}})
+        elif self.server.room is not None and body.get("max_tokens", 0) > self.server.room:
+            self._json(400, {"error": {"message": f"max_tokens is more than {self.server.room}"}})
         else:
             self._stream()
 

@@ -71,6 +71,23 @@ def test_an_answer_that_was_cut_breaks_its_schema_too(server: ForeignServer, sch
     assert json.loads(done.stdout)["guided"]["reason"].startswith("cut off by the limit of tokens: not JSON")
 
 
+def test_an_answer_has_a_bound_where_none_is_set_and_a_cut_is_said(server: ForeignServer) -> None:
+    server.finish = "length"
+    done = chat(server.address, "--prompt", "Tell a tale")
+    assert (done.returncode, done.stdout) == (0, "Good day.\n")
+    assert "cut by the limit of tokens (a higher max_tokens allows more)" in done.stderr
+    ferry.chat(target=server.address, prompt="Hello", max_tokens=4000)
+    assert [body["max_tokens"] for body in server.requests] == [1024, 4000]
+
+
+def test_a_context_with_less_room_than_the_usual_bound_is_the_bound(server: ForeignServer) -> None:
+    server.room = 300
+    assert ferry.chat(target=server.address, prompt="Hello")["answer"] == "Good day."
+    assert [body.get("max_tokens") for body in server.requests] == [1024, None]
+    with pytest.raises(ConfigError, match="more than 300"):
+        ferry.chat(target=server.address, prompt="Hello", max_tokens=301)
+
+
 def test_from_python_it_returns_the_answer(server: ForeignServer) -> None:
     result = ferry.chat(target=server.address, prompt="Hello", temperature=0.0, seed=7, model="brig")
     assert result["answer"] == "Good day."

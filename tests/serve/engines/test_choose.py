@@ -75,10 +75,25 @@ def test_an_engine_that_was_named_and_cannot_be_is_refused_with_its_reason() -> 
         choose("c", EngineSettings(Path("model"), kv_cache_memory_bytes=1), known)
 
 
-def test_where_none_can_all_reasons_are_given() -> None:
-    known = among(kind("a", 1, runs=Verdict(False, "too large")), kind("b", 2, available=Verdict(False, "not here")))
-    with pytest.raises(UnavailableError, match="a: too large; b: not here"):
-        choose("auto", SETTINGS, known)
+def test_where_none_can_each_reason_is_a_line_and_what_is_mended_most_easily_comes_first() -> None:
+    known = among(
+        kind("far", 1, available=Verdict(False, "not here")),
+        kind("near", 2, runs=Verdict(False, "it lacks a package", "install the package")),
+        kind("nearer", 3, options=frozenset({"block_size"})),
+        kind("other", 4, runs=Verdict(False, "it reads other files")),
+    )
+    with pytest.raises(UnavailableError) as caught:
+        choose("auto", EngineSettings(Path("model"), block_size=128), known)
+    assert caught.value.message.splitlines() == [
+        "no engine here runs model",
+        "  nearer: it does not have --block-size",
+        "  near: it lacks a package",
+        "  other: it reads other files",
+        "  far: not here",
+    ]
+    assert caught.value.repair.startswith("most likely: leave --block-size out; else ")
+    with pytest.raises(UnavailableError, match="; do what one of them says"):
+        choose("auto", SETTINGS, {"far": known["far"]})
 
 
 def test_an_unknown_engine_is_named_with_the_nearest() -> None:

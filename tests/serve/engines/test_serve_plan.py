@@ -208,6 +208,15 @@ def test_a_port_in_use_is_refused() -> None:
         check_port("192.0.2.1", 0)
 
 
+def test_a_model_that_is_not_there_is_said_before_a_port_in_use(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(InputError) as caught:
+            plan(config(tmp_path / "nothing", port=taken.getsockname()[1]))
+    assert caught.value.code == "input.missing"
+
+
 def test_a_key_file_must_be_readable_and_hold_keys(tmp_path: Path) -> None:
     model, keys = model_in(tmp_path / "model"), tmp_path / "keys"
     refused(InputError, "serve.keys", model, api_key_file=keys)

@@ -55,14 +55,19 @@ class House:
         """Do something in the loop, and wait for it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=120)
 
-    def open(self, engine: Engine | None = None, **settings: Any) -> Door:
-        """Open a server with settings that differ from the usual ones, before this engine or another."""
-        return self.do(self._open(engine or self.engine, settings))
+    def open(self, engine: Engine | None = None, *, send_bytes: int | None = None, **settings: Any) -> Door:
+        """Open a server with settings that differ from the usual ones, before this engine or another.
 
-    async def _open(self, engine: Engine, settings: dict[str, Any]) -> Door:
+        `send_bytes` is what the system may hold of an answer that is not read.
+        """
+        return self.do(self._open(engine or self.engine, send_bytes, settings))
+
+    async def _open(self, engine: Engine, send_bytes: int | None, settings: dict[str, Any]) -> Door:
         defaults = HttpSettings(names=(NAME, str(self.path)), shown_names=(NAME,), max_num_seqs=8)
         served = Served(engine, self.model, replace(defaults, **settings))
         bound = socket.socket()
+        if send_bytes is not None:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
         bound.bind(("127.0.0.1", 0))
         listener = Listener(make_app(served), bound)
         await listener.open()

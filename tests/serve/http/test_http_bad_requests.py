@@ -38,6 +38,7 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (COMPLETIONS, text(prompt=[-1]), 400, "prompt[0]", "at least 0"),
     (COMPLETIONS, text(prompt="long " * 2000), 400, "prompt", "10,000 tokens"),
     (COMPLETIONS, text(suffix="."), 400, "suffix", "not done"),
+    (CHAT, talk(chat_template="{{ messages }}"), 400, "chat_template", "--chat-template FILE"),
     # lengths
     (COMPLETIONS, text(max_tokens=0), 400, "max_tokens", "at least 1"),
     (COMPLETIONS, text(max_tokens=-1), 400, "max_tokens", "at least 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,31 @@ def test_the_page_is_served(door: Door) -> None:
     assert page.status_code == 200
     assert page.headers["content-type"].startswith("text/html")
     assert "content-security-policy" in page.headers
+
+
+def test_a_death_of_the_engine_and_its_return_are_said_and_recorded(small_model: Path, tmp_path: Path) -> None:
+    with served_by_command(small_model, tmp_path) as (process, _):
+        (engine_id,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(engine_id), signal.SIGKILL)
+        assert "(signal SIGKILL); restart 1 begins" in process.said.wait_for("the engine died")
+        assert "(restart 1)" in process.said.wait_for("the engine is ready again after")
+        process.send_signal(signal.SIGTERM)
+        process.end()
+    (record,) = tmp_path.glob("**/events.jsonl")
+    events = [json.loads(line) for line in record.read_text().splitlines()]
+    died, back = ([event for event in events if event["event"] == f"engine {what}"] for what in ("died", "ready again"))
+    assert [event["restart"] for event in (*died, *back)] == [1, 1]
+    assert died[0]["reason"] == "the engine's process ended (signal SIGKILL)"
+
+
+def test_the_same_requests_after_a_restart_get_the_same_answers(house: House) -> None:
+    def texts(door: Door) -> list[str]:
+        body = {"prompt": "hello", "max_tokens": 12, "ignore_eos": True, "temperature": 1.5}
+        return [door.post("/v1/completions", body).json()["choices"][0]["text"] for _ in range(2)]
+
+    first = texts(house.open())
+    assert texts(house.open()) == first
+    assert first[0] != first[1]
 
 
 def test_a_signal_lets_running_answers_end(small_model: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +45,7 @@ def test_a_stream_is_server_sent_events(door: Door) -> None:
 
 
 def test_letters_of_several_tokens_are_never_torn(door: Door, house: House) -> None:
-    text = "日本 \U0001f469\u200d\U0001f467 ä"
+    text = "日本 \U0001f469\u200d\U0001f467 ä\u2028\x85."  # the last two are ends of lines for some clients
     body = {"prompt": "hi", "max_tokens": 60, "guided_choice": [text], "stream": True}
     with door.client.stream("POST", "/v1/completions", json=body) as answer:
         chunks = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
@@ -118,6 +119,20 @@ def test_a_full_queue_tells_clients_when_to_come_back(house: House, eventually: 
     assert not waiting.is_alive()
     page = narrow.client.get("/metrics").text
     assert 'ferry_rejections_total{reason="rate_limit_exceeded"} 2' in page
+
+
+def test_a_client_that_reads_nothing_gives_its_place_back(house: House, eventually: Eventually) -> None:
+    patient = house.open(unread_s=0.5, send_bytes=4096)
+    content = json.dumps({**LONG, "logprobs": 20, "stream": True}).encode()
+    host, port = patient.url.removeprefix("http://").split(":")
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect((host, int(port)))
+        deaf.sendall(f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n".encode())
+        deaf.sendall(content)
+        eventually(lambda: patient.served.measures.cut.total == 1)
+        assert patient.served.gate.num_inside == 0
+        assert 'ferry_answers_cut_total{reason="client"} 1' in patient.client.get("/metrics").text
 
 
 def test_a_request_that_takes_too_long_is_ended(house: House, eventually: Eventually) -> None:

@@ -24,8 +24,8 @@ def serve(small: Path, tmp_path: Path) -> Iterator[Serve]:
     """Start a server: `serve("--max-queue", "8")`. It may not listen yet."""
     started: list[Server] = []
 
-    def start(*words: str, model: Path = small, cache: str = "16MB") -> Server:
-        started.append(Server(model, tmp_path / "home", *words, cache=cache))
+    def start(*words: str, model: Path = small, cache: str = "16MB", port: int = 0) -> Server:
+        started.append(Server(model, tmp_path / "home", *words, cache=cache, port=port))
         return started[-1]
 
     yield start

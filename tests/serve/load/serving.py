@@ -21,10 +21,10 @@ SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 
 
 class Server:
-    """A server that listens on a free port. Close it at the end, whatever happened."""
+    """A server, on a free port where none is given. Close it at the end, whatever happened."""
 
-    def __init__(self, model: Path, home: Path, *words: str, cache: str = "16MB") -> None:
-        command = [sys.executable, "-m", "ferry", "serve", str(model), "--port", "0", "--threads", "1"]
+    def __init__(self, model: Path, home: Path, *words: str, cache: str = "16MB", port: int = 0) -> None:
+        command = [sys.executable, "-m", "ferry", "serve", str(model), "--port", str(port), "--threads", "1"]
         self.process = subprocess.Popen(
             [*command, "--kv-cache-memory", cache, *words],
             stdout=subprocess.PIPE,

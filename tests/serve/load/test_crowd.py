@@ -8,11 +8,11 @@ import pytest
 
 from load.conftest import Serve
 from load.crowd import Tally, gather
-from load.serving import command_of, memory_of
+from load.serving import memory_of
 
 NUM_CLIENTS = 256
-SECONDS = 30.0
-WARM_UP_SECONDS = 15.0
+SECONDS = 90.0
+WARM_UP_SECONDS = 30.0
 SLACK_BYTES = 12_000_000
 """What memory may differ by without growing: arenas of the allocator, connections that are open."""
 
@@ -31,8 +31,6 @@ def test_a_crowd_is_answered_wholly_or_refused_politely_and_leaves_nothing_behin
             return before
 
     front_before, engine_before = asyncio.run(story())
-    import resource
-    print([command_of(p)[:60] + " " + " ".join(open(f"/proc/{p}/stat").read().split()[13:15]) for p in (server.process.pid, server.engine_id)], resource.getrusage(resource.RUSAGE_SELF))
     metrics = server.rest()
     assert memory_of(server.process.pid) < front_before + SLACK_BYTES
     assert memory_of(server.engine_id) < engine_before + SLACK_BYTES
@@ -56,7 +54,6 @@ def test_a_crowd_is_answered_wholly_or_refused_politely_and_leaves_nothing_behin
     assert requests(200) <= num_answers + num_cut <= requests(200) + requests(499)
     assert requests(200) + requests(499) <= tally.sum("200") + tally.got["cut"]
     assert num_cut == metrics.sum("ferry_answers_cut_total", 'reason="client"') > 0
-    print(tally.got, tally.longest_s, num_answers, num_cut, requests(200), requests(499), front_before, engine_before, memory_of(server.process.pid), memory_of(server.engine_id), metrics.sum("ferry_engine_preemptions_total"))
     assert metrics.sum("ferry_engine_preemptions_total") > 0
     assert metrics.sum("ferry_engine_restarts_total") == 0
     assert metrics.sum("ferry_guided_answers_total", 'verdict="broken"') == 0

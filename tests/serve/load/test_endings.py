@@ -15,7 +15,7 @@ import pytest
 
 from load.asking import CHAT, COMPLETIONS, Streamed, error_of, plain, stream, talk
 from load.conftest import Serve
-from load.serving import LOOK_S, Server, children_of, command_of, is_alive, wait_until
+from load.serving import Server, children_of, command_of, is_alive, until, wait_until
 
 ENDLESS = 16_000
 
@@ -69,8 +69,7 @@ def test_many_streams_and_whole_answers_are_finished_within_the_time_to_drain(se
             whole = [asyncio.create_task(client.post(CHAT, json=talk(f"{n}", 50))) for n in range(10)]
             await stopped.wait()
             # All are inside, most of them in the queue.
-            while server.metrics().sum("ferry_requests_inside") < 50:
-                await asyncio.sleep(LOOK_S)
+            await until(lambda: server.metrics().sum("ferry_requests_inside") == 50)
             server.process.send_signal(signal.SIGTERM)
             return await asyncio.gather(*streams), await asyncio.gather(*whole)
 
@@ -91,8 +90,7 @@ def test_an_answer_longer_than_the_time_to_drain_is_cut_with_an_error(serve: Ser
         stopped = asyncio.Event()
         async with server.client() as client:
             whole = asyncio.create_task(client.post(COMPLETIONS, json=plain(max_tokens=ENDLESS)))
-            while server.metrics().sum("ferry_requests_inside") < 1:
-                await asyncio.sleep(LOOK_S)
+            await until(lambda: server.metrics().sum("ferry_requests_inside") == 1)
             found = await stream(
                 client,
                 talk(max_tokens=ENDLESS),

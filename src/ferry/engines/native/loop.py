@@ -233,9 +233,14 @@ class NativeEngine:
         return _error(sequence.request.id, code, message)
 
     def _not_finite(self) -> str:
+        said = f"the model's numbers are not finite in {self._executor.dtype} (other servers answer with repeated "
+        said += "exclamation marks then); "
+        if self._executor.dtype != "float32":
+            return f"{said}serve it with --dtype float32"
+        # Nothing wider is left: the numbers were bad before.
         return (
-            f"the model's numbers overflowed in {self._executor.dtype} (other servers answer with repeated "
-            "exclamation marks then); serve it with --dtype float32, or bfloat16 where the hardware has it"
+            f"{said}its weights are damaged (`ferry verify MODEL` tells), or overflowed when they were stored in half "
+            "precision, narrower than what it was trained in: take the original ones in bfloat16 or float32"
         )
 
 

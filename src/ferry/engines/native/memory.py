@@ -12,16 +12,14 @@ from typing import NamedTuple
 
 from ferry.core.errors import ConfigError
 from ferry.core.units import size_text
-from ferry.devices.device import find
 from ferry.engines.engine import EngineSettings
+from ferry.engines.hardware import KERNELS_BYTES, free_memory_bytes, total_memory_bytes
 from ferry.engines.native.executor import Executor
 from ferry.engines.native.scheduler import MAX_PROMPT_ROWS
 
 USUAL_TOKENS = 32 * 1024
 LEAST_TOKENS = 256
 """A shorter context than this is no use to anyone: rather an error."""
-RESERVE_BYTES = 256 << 20
-"""What Python, the front end and the allocator need beside weights, a step and the cache."""
 
 
 class Memory(NamedTuple):
@@ -51,7 +49,7 @@ def room(executor: Executor, settings: EngineSettings, memory: Memory) -> Room:
         remedy = f"raise it to {size_text(longest * executor.block_bytes)}"
     elif settings.gpu_memory_utilization is not None:
         share = settings.gpu_memory_utilization
-        needed = max(memory.used_bytes, executor.weights_bytes) + _step_bytes(executor, settings) + RESERVE_BYTES
+        needed = max(memory.used_bytes, executor.weights_bytes) + _step_bytes(executor, settings) + KERNELS_BYTES
         num_blocks = max(0, int(share * memory.total_bytes) - needed) // executor.block_bytes
         source = f"--gpu-memory-utilization {share:g} of {size_text(memory.total_bytes)} leaves"
         remedy = "raise it" if share < 0.9 else "use a smaller or a quantized model"
@@ -75,11 +73,7 @@ def room(executor: Executor, settings: EngineSettings, memory: Memory) -> Room:
 
 def memory_now() -> Memory:
     """Return what the machine, its containers and this process say."""
-    total = find("cpu").memory_bytes(0)
-    free = _meminfo("MemAvailable") or total // 2
-    for limit, usage in _container():
-        total, free = min(total, limit), min(free, max(0, limit - usage))
-    return Memory(total, free, _resident_bytes())
+    return Memory(total_memory_bytes(), free_memory_bytes(), _resident_bytes())
 
 
 def _blocks(num_tokens: int, block_size: int) -> int:
@@ -89,32 +83,6 @@ def _blocks(num_tokens: int, block_size: int) -> int:
 def _step_bytes(executor: Executor, settings: EngineSettings) -> int:
     """Return what one step needs at most: the logits, twice."""
     return 2 * 4 * executor.num_tokens * (settings.max_num_seqs + MAX_PROMPT_ROWS)
-
-
-def _meminfo(name: str) -> int:
-    path = Path("/proc/meminfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
-
-
-def _container() -> list[tuple[int, int]]:
-    """Return (limit, usage) of the control groups that this process is seen to be in; both versions of them."""
-    roots = [
-        (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
-        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ]
-    own = Path("/proc/self/cgroup")
-    lines = own.read_text().splitlines() if own.exists() else []
-    paths = {"", *(line.split(":", 2)[2].strip("/") for line in lines if line.split(":")[1] in ("", "memory"))}
-    found = []
-    for root, limit, usage in roots:
-        for path in sorted(paths):
-            limit_file, usage_file = root / path / limit, root / path / usage
-            if limit_file.exists() and usage_file.exists():
-                text = limit_file.read_text().strip()
-                if text.isdigit():
-                    found.append((int(text), int(usage_file.read_text())))
-    return found
 
 
 def _resident_bytes() -> int:

@@ -164,7 +164,7 @@ class ChildEngine:
             if loop.time() - born_s > WELL_AFTER_S:
                 num_deaths = 0
             reason = f"the engine's process ended ({end})"
-            self._condition = Condition("restarting", reason, self._condition.num_restarts + 1)
+            self._condition = Condition("restarting", reason, self._condition.num_restarts + 1, reason)
             self._end_all([_lost(name, f"{reason}; it is started again") for name in self._waiting])
             started = None
             while started is None:
@@ -175,7 +175,7 @@ class ChildEngine:
                 num_deaths += 1
                 started = await self._try_again()
             reader, born_s = started, loop.time()
-            self._condition = Condition("ready", "", self._condition.num_restarts)
+            self._condition = self._condition._replace(state="ready", reason="")
 
     async def _try_again(self) -> asyncio.StreamReader | None:
         try:

@@ -55,7 +55,7 @@ def _set(session: Session, text: str) -> str:
         raise ConfigError(f"no setting {name!r}{did_you_mean(name, list(SETTINGS))}", code="chat.setting")
     if not value:
         session.sampling.pop(name, None)
-        return f"{name} as the server has it"
+        return f"{name} as usual"
     try:
         session.sampling |= ChatConfig.model_validate({"target": "here", name: value}).sampling
     except ValidationError as error:

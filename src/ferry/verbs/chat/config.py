@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
-from pydantic import field_validator
-
 from ferry.core.config import VerbConfig, option
+from ferry.core.shell_words import ShellWords
 
 SETTINGS = ("temperature", "top_p", "top_k", "max_tokens", "seed")
 """Fields of a request that a user sets, by the names they have there."""
+USUAL_MAX_TOKENS = 1024
+"""The longest answer where nobody says: a small model may otherwise go on to the end of its context, for minutes."""
 
 
 class ChatConfig(VerbConfig):
@@ -32,22 +32,15 @@ class ChatConfig(VerbConfig):
     temperature: float | None = option(None, ge=0, le=2, help="0 takes the likeliest token; default: the model's.")
     top_p: float | None = option(None, gt=0, le=1, help="Share of probability to choose from; default: the model's.")
     top_k: int | None = option(None, ge=0, help="Tokens to choose from, 0: all; default: the model's.")
-    max_tokens: int | None = option(None, ge=1, unit="tokens", help="Longest answer; default: what fits.")
+    max_tokens: int | None = option(
+        None, ge=1, unit="tokens", help=f"Longest answer; default: {USUAL_MAX_TOKENS}, or what fits if that is less."
+    )
     seed: int | None = option(None, ge=0, help="With a seed the same question gets the same answer.")
     model: str = option("", help="Name of the model on a server that has several; default: its first.")
     api_key_file: Path | None = option(None, help="File whose first line is the key of the server.")
-    serve_args: str = option(
+    serve_args: ShellWords = option(
         "", metavar="'WORDS'", help="Further words for the server of MODEL, as --serve-args='--engine llamacpp'."
     )
-
-    @field_validator("serve_args")
-    @classmethod
-    def _splits(cls, value: str) -> str:
-        try:
-            shlex.split(value)
-        except ValueError as error:
-            raise ValueError(f"expected words as a shell takes them ({error})") from None
-        return value
 
     @property
     def sampling(self) -> dict[str, float]:

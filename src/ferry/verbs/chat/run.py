@@ -72,7 +72,7 @@ def _answer_once(session: Session, prompt: str, reporter: Reporter) -> Result:
     answer = session.ask(prompt, screen.write if screen else lambda piece: None)
     if screen:
         screen.write("\n")
-    elif not answer.is_kept:
+    elif not answer.is_kept or answer.finish_reason == "length":
         reporter.say(facts(answer))
     known = {**answer.to_json(), "shown": screen is not None}
     found = {"model": session.name, "url": session.server.address, "question": prompt, "answer": known.pop("text")}

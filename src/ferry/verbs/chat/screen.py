@@ -64,7 +64,7 @@ def facts(answer: Answer) -> str:
     if answer.seconds_to_first:
         parts.append(f"first after {answer.seconds_to_first:.2g} s")
     if answer.finish_reason == "length" and answer.guided is None:
-        parts.append("cut by the limit of tokens")
+        parts.append("cut by the limit of tokens (a higher max_tokens allows more)")
     if answer.finish_reason == "stopped":
         parts.append("stopped")
     return ", ".join(parts)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ferry.core.errors import ConfigError, InputError, UnavailableError
 from ferry.verbs.chat.client import Server
+from ferry.verbs.chat.config import USUAL_MAX_TOKENS
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Session:
         answer = Answer()
         begun_s = time.monotonic()
         try:
-            for event in self.server.stream(self._body([*before, question])):
+            for event in self._events(self._body([*before, question])):
                 _add(answer, event, time.monotonic() - begun_s, show)
         except KeyboardInterrupt:
             answer.finish_reason = "stopped"
@@ -84,6 +85,16 @@ class Session:
             self.messages = [*before, question, {"role": "assistant", "content": answer.text}]
             self.answers = [*self.answers[: len(before) // 2], answer]
         return answer
+
+    def _events(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Give the events of an answer, which has a bound even where the user set none."""
+        try:
+            yield from self.server.stream({"max_tokens": USUAL_MAX_TOKENS, **body})
+        except ConfigError as error:
+            if "max_tokens" in body or error.code != "chat.request":
+                raise
+            # What is left of the context may be less than the bound: then it is the bound.
+            yield from self.server.stream(body)
 
     def _body(self, messages: list[dict[str, str]]) -> dict[str, Any]:
         system = [{"role": "system", "content": self.system}] if self.system else []

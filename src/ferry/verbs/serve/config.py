@@ -10,9 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ferry.core.config import Layer, Problem, VerbConfig, option
+from ferry.core.shell_words import ShellWords
 from ferry.core.units import parse_size
 
 if TYPE_CHECKING:
@@ -107,7 +108,12 @@ class ServeConfig(VerbConfig):
     )
     threads: int | None = option(None, ge=1, help="Threads to compute with on a CPU; default: the cores.")
     trust_remote_code: bool = option(False, help="Run code that lies in the model's directory (vllm, vllm-ascend).")
-    seed: int = option(0, ge=0, help="Seed of requests that give none.")
+    seed: int = option(
+        0,
+        ge=0,
+        help="Seed of requests that give none: the same ones in the same order after a restart get the same answers "
+        "(engine native).",
+    )
     max_queue: int = option(
         256, ge=0, unit="requests", help="Requests that may wait; more are told to come back (429)."
     )
@@ -120,7 +126,7 @@ class ServeConfig(VerbConfig):
     engine_env: Path | None = option(
         None, env=("FERRY_VLLM_ENV",), help="Virtual environment in which vllm or vllm-ascend is installed."
     )
-    engine_args: str = option(
+    engine_args: ShellWords = option(
         "", metavar="'WORDS'", help="Further words for the engine's own command, as --engine-args='--enforce-eager'."
     )
     chat_template: Path | None = option(None, help="File to use instead of the model's chat template.")
@@ -133,15 +139,6 @@ class ServeConfig(VerbConfig):
         False, aliases=("--enable-log-requests",), help="Log a line a request, without its text."
     )
     limits: LimitSettings = option(LimitSettings(), help="guided_time_limit, request_timeout, max_body_bytes.")
-
-    @field_validator("engine_args")
-    @classmethod
-    def _splits(cls, value: str) -> str:
-        try:
-            shlex.split(value)
-        except ValueError as error:
-            raise ValueError(f"expected words as a shell takes them ({error})") from None
-        return value
 
     @model_validator(mode="after")
     def _complete(self) -> ServeConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +19,6 @@ from ferry.engines.model_facts import ModelFacts, read_facts
 from ferry.engines.preflight import Memory, check_model, compute_dtype, plan_memory
 from ferry.verbs.serve.config import ServeConfig, settings_of
 
-SCHEMES = {"smoothquant": "W8A8", "w8a8": "W8A8", "awq": "W4A16"}
-"""The scheme that a word of --quantization stands for; the other words are formats."""
 LOCAL = ("127.0.0.1", "::1", "localhost")
 OPEN_TO_OTHERS = 0o077
 
@@ -48,8 +47,9 @@ def prepare(config: ServeConfig, log_file: Path | None = None) -> Prepared:
     check_model(facts, settings)
     choice = choose(config.engine, settings)
     place = choice.kind.place(settings)
-    dtype = compute_dtype(facts, settings, on_cpu=place.on_cpu)
-    memory = plan_memory(facts, settings, place, dtype)
+    widens = choice.kind.widens(settings)
+    dtype = compute_dtype(facts, settings, on_cpu=place.on_cpu, widens=widens)
+    memory = plan_memory(facts, settings, place, dtype, widens=widens)
     if memory.is_lower:
         settings = replace(settings, max_model_len=memory.max_model_len)
     if memory.is_lower and place.on_cpu:
@@ -62,8 +62,8 @@ def prepare(config: ServeConfig, log_file: Path | None = None) -> Prepared:
 
 def plan(config: ServeConfig) -> Plan:
     """Return what `ferry serve` would do."""
-    check_port(config.host, config.port)
     prepared = prepare(config)
+    check_port(config.host, config.port)
     settings, memory = prepared.settings, prepared.memory
     port = config.port or "a free port"
     return Plan(
@@ -113,7 +113,7 @@ def check_quantization(config: ServeConfig, facts: ModelFacts) -> None:
             code="serve.quantization",
             repair=f"`ferry quantize {facts.path} --method {method}{form} --output OUT` and serve OUT{at_once}",
         )
-    if SCHEMES.get(wanted, "") == facts.scheme != "" or wanted == facts.format:
+    if facts.is_called(wanted):
         return
     raise ConfigError(
         f"-q {wanted}: {facts.path} is {held}",
@@ -124,12 +124,20 @@ def check_quantization(config: ServeConfig, facts: ModelFacts) -> None:
 
 def check_port(host: str, port: int) -> None:
     """Refuse an address that cannot be listened on."""
+    listening_socket(host, port).close()
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that listens, so that nobody else can; connections to it wait until the server takes them."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind(address)
-            trial.listen(1)
+        with ExitStack() as stack:
+            listening = stack.enter_context(socket.socket(family, kind, protocol))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen()
+            stack.pop_all()
+            return listening
     except OSError as error:
         raise _no_port(host, port, error) from None
 

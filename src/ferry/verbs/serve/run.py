@@ -15,7 +15,7 @@ from ferry.core.progress import Reporter
 from ferry.core.units import duration_text, size_text
 from ferry.core.verb import Result
 from ferry.verbs.serve.config import ServeConfig
-from ferry.verbs.serve.plan import Prepared, check_port, prepare, read_keys
+from ferry.verbs.serve.plan import Prepared, listening_socket, prepare, read_keys
 
 if TYPE_CHECKING:
     from ferry.engines.engine import Engine
@@ -38,9 +38,8 @@ def run(config: ServeConfig, reporter: Reporter) -> Result:
 
 async def _serve(config: ServeConfig, prepared: Prepared, reporter: Reporter, begun_s: float) -> Result:
     engine = prepared.kind.make(prepared.settings)
-    with bound_socket(config.host, config.port) as bound, _Signals() as signals:
+    with listening_socket(config.host, config.port) as bound, _Signals() as signals:
         address = address_of(bound)  # the server closes the socket
-        address = address_of(bound)
         # The engine starts in its process while a thread of this one imports what listening needs.
         starting = asyncio.create_task(engine.start())
         try:
@@ -67,9 +66,11 @@ async def _answer(
 ) -> int:
     """Listen until a signal comes; return how many requests were cut off."""
     from ferry.verbs.serve.http.app import make_app
+    from ferry.verbs.serve.http.deaths import tell_deaths
     from ferry.verbs.serve.http.listening import Listener, drain, serve_until
 
     listener = Listener(make_app(served), bound)
+    telling = asyncio.create_task(tell_deaths(served))
     try:
         await listener.open()
         served.note("listening", {"address": address_of(bound)})
@@ -78,6 +79,8 @@ async def _answer(
         served.note("stopping", {"requests": served.gate.num_inside, "drain_timeout_s": drain_timeout_s})
     finally:
         num_cut = await drain(served, drain_timeout_s if signals.stop.is_set() else 0)
+        telling.cancel()
+        await asyncio.gather(telling, return_exceptions=True)
         await listener.close()
     return num_cut
 
@@ -135,6 +138,10 @@ def _lines(served: Served, name: str, fields: Mapping[str, Any]) -> list[str]:
         return _ready_lines(served, fields["seconds"])
     if name == "stopping":
         return [f"stopping: {fields['requests']} requests may take {fields['drain_timeout_s']:g} s more"]
+    if name == "engine died":
+        return [f"the engine died: {fields['reason']}; restart {fields['restart']} begins"]
+    if name == "engine ready again":
+        return [f"the engine is ready again after {duration_text(fields['seconds'])} (restart {fields['restart']})"]
     if name in SAID:
         return [f"{name}: " + " ".join(f"{key}={value}" for key, value in fields.items())]
     return []
@@ -151,16 +158,6 @@ def _ready_lines(served: Served, seconds: float) -> list[str]:
         f"ready after {duration_text(seconds)}: {name} on {info.name}, {info.dtype}{scheme}{weights}{cache}, "
         f"up to {info.max_model_len:,} tokens a request",
     ]
-
-
-def bound_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to an address; connections to it wait until the server takes them."""
-    check_port(host, port)
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    bound = socket.socket(family, kind, protocol)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind(address)
-    return bound
 
 
 def address_of(bound: socket.socket) -> str:

@@ -31,7 +31,7 @@ FERRY_API int64_t ferry_forward(void* workspace, const Model* model, const Batch
     }
 }
 
-// A product by itself: rows [m, K] in, [m, N] out. The tests and the generic path use it.
+// A product by itself: rows [m, K] in, [m, N] out. For tests.
 FERRY_API int64_t ferry_linear(void* workspace, const Linear* l, const float* x, int64_t m, float* out) {
     try {
         linear(*(Workspace*)workspace, *l, m, nullptr, out, false, AsItIs{x, (long)l->cols});
@@ -41,8 +41,8 @@ FERRY_API int64_t ferry_linear(void* workspace, const Linear* l, const float* x,
     }
 }
 
-// Pack rows [N, K] of items of 4, 2 or 1 bytes; `first` is the row of the whole weight at which they begin, a multiple
-// of 16. What is padding must be zero beforehand.
+// Pack rows [N, K] of items of 4, 2 or 1 bytes; `first` is the row of the whole weight at which they begin. What is
+// padding must be zero beforehand.
 FERRY_API void ferry_pack(const void* from, void* to, int64_t rows, int64_t cols, int64_t item_bytes, int64_t first) {
     for (int64_t n = 0; n < rows; n++) {
         const int64_t panel = (first + n) / PANEL, lane = (first + n) % PANEL;

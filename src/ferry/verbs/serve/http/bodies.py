@@ -26,7 +26,7 @@ NOT_DONE = {
     "use_beam_search": "ask for n answers and choose among them",
     "functions": "use tools",
     "function_call": "use tool_choice",
-    "chat_template": "put it into the model directory as chat_template.jinja",
+    "chat_template": "start the server with --chat-template FILE",
     "documents": "write them into a message",
     "bad_words": "use logit_bias",
     "allowed_token_ids": "use guided_choice, guided_regex or guided_grammar",

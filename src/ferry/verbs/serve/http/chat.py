@@ -90,11 +90,11 @@ async def understood(served: Served, given: JsonObject) -> Job:
     most = max_tokens_of(asked_max, int(default) if default else None, len(ids), limits, param)
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     sampling = sampling_of(body, served.default_sampling, limits, max_tokens=most, logprobs=num_top)
-    identity = new_id("chatcmpl")
+    identity, number = new_id("chatcmpl"), served.next_number()
     asked = []
     for index in range(body.n):
         seeded = sampling if body.seed is None else replace(sampling, seed=body.seed + index)
-        asked.append(asked_of(body, Request(f"{identity}-{index}", ids, seeded), index, compiled))
+        asked.append(asked_of(body, Request(f"{number}-{index}", ids, seeded), index, compiled))
     if tools.form is not None:
         kept = marks_of(tools.form, served.model.vocabulary)
         asked = [replace(one, keep=kept) for one in asked]

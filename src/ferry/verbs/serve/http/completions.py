@@ -70,7 +70,7 @@ async def understood(served: Served, given: JsonObject) -> Job:
     compiled = await served.compiled(constraint)
     limits = served.limits
     prompts = tuple([fitted(ids, body, limits, "prompt") for ids in await _tokens(served, body)])
-    identity = new_id("cmpl")
+    identity, number = new_id("cmpl"), served.next_number()
     asked: list[Asked] = []
     for ids in prompts:
         most = max_tokens_of(body.max_tokens, DEFAULT_MAX_TOKENS, len(ids), limits, "max_tokens")
@@ -79,7 +79,7 @@ async def understood(served: Served, given: JsonObject) -> Job:
             sampling = replace(sampling, prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0))
         for copy in range(body.n):
             seeded = sampling if body.seed is None else replace(sampling, seed=body.seed + copy)
-            asked.append(asked_of(body, Request(f"{identity}-{len(asked)}", ids, seeded), len(asked), compiled))
+            asked.append(asked_of(body, Request(f"{number}-{len(asked)}", ids, seeded), len(asked), compiled))
     notes = compiled.notes if compiled else ()
     names = shown.TokenNames(served.model.vocabulary, by_id=body.return_tokens_as_token_ids)
     head = head_of("text_completion", identity, name)

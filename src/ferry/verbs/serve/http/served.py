@@ -20,6 +20,7 @@ from ferry.verbs.serve.http.gate import Gate
 from ferry.verbs.serve.http.measures import Measures
 from ferry.verbs.serve.http.sampling import Limits
 
+COMPILING_THREADS = 2
 LONG_TEXT = 20_000
 """Characters from which on a text is made tokens of on a thread."""
 
@@ -40,6 +41,8 @@ class HttpSettings:
     max_body_bytes: int = 8_000_000
     guided_time_limit_s: float = DEFAULT_TIME_LIMIT_S
     request_timeout_s: float | None = None
+    unread_s: float = 60.0
+    """A client that takes nothing of a stream for so long has gone, whatever its connection says."""
     log_requests: bool = False
 
 
@@ -64,12 +67,18 @@ class Served:
         self.gate = Gate(self.settings.max_num_seqs + self.settings.spare_places, self.settings.max_queue)
         self.begun_s = self.measures.clock()
         self._compiler: asyncio.Task[Compiler] | None = None
+        self._num_asked = 0
 
     @property
     def limits(self) -> Limits:
         """The bounds of the model, once its engine was ready."""
         info = self.engine.info
         return Limits(info.max_model_len, info.num_tokens, self.model.end_token_ids)
+
+    def next_number(self) -> int:
+        """Return what the engine calls a request: the same ones in the same order have the same names, and so seeds."""
+        self._num_asked += 1
+        return self._num_asked
 
     def name_of(self, asked: str | None) -> str:
         """Return the name to answer with, or the error for a model that is not here."""
@@ -187,7 +196,8 @@ class Served:
                 code="guided.missing",
                 repair="pip install 'llmferry[serve]'",
             ) from error
-        return Compiler(tokenizer, time_limit_s=self.settings.guided_time_limit_s)
+        # A constraint that is dear to compile must not hold up the others.
+        return Compiler(tokenizer, time_limit_s=self.settings.guided_time_limit_s, num_threads=COMPILING_THREADS)
 
     def _count(self, piece: Piece) -> None:
         measures = self.measures

@@ -49,7 +49,9 @@ async def stream(
     except BaseException:
         async with closing(pieces):
             raise
-    return EventStream(_events(served, str(request.state.request_id), first, pieces, writer, usage))
+    return EventStream(
+        _events(served, str(request.state.request_id), first, pieces, writer, usage), served.settings.unread_s
+    )
 
 
 async def _next(pieces: AsyncIterator[Piece]) -> Piece:
