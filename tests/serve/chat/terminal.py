@@ -27,15 +27,21 @@ class Terminal:
 
     def see(self, words: str) -> str:
         """Wait until something new is shown, and return what came up to its end."""
-        until_s = time.monotonic() + TIMEOUT_S
-        while words not in self._new:
-            assert time.monotonic() < until_s, f"{words!r} was not shown after {self.text!r}"
-            assert self._read(until_s), f"the command ended before {words!r}: {self.text!r}"
+        assert self._comes(words, TIMEOUT_S), f"{words!r} was not shown after {self.text!r}"
         seen, _, self._new = self._new.partition(words)
         return seen + words
 
     def type(self, words: str) -> None:
         os.write(self._end_fd, words.encode())
+
+    def interrupt(self, words: str) -> None:
+        """Press Ctrl-C until it is answered: one that comes between a prompt and the wait for keys is noticed later."""
+        presses = 0
+        while not presses or not self._comes(words, TIMEOUT_S / 10):
+            assert presses < 10, f"{words!r} was not shown after {self.text!r}"
+            self.type("\x03")
+            presses += 1
+        self.see(words)
 
     def end(self) -> int:
         """Wait for the end of the command and return its exit status."""
@@ -43,6 +49,12 @@ class Terminal:
         while self._read(until_s):
             assert time.monotonic() < until_s, f"the command did not end: {self.text!r}"
         return self._process.wait(TIMEOUT_S)
+
+    def _comes(self, words: str, timeout_s: float) -> bool:
+        until_s = time.monotonic() + timeout_s
+        while words not in self._new and time.monotonic() < until_s:
+            assert self._read(until_s), f"the command ended before {words!r}: {self.text!r}"
+        return words in self._new
 
     def _read(self, until_s: float) -> bool:
         if not select.select([self._end_fd], [], [], max(until_s - time.monotonic(), 0))[0]:

@@ -187,8 +187,7 @@ def test_mistakes_in_a_conversation_do_not_end_it(server: ForeignServer) -> None
         terminal.type("Hello\n")
         terminal.see("not today [chat.unavailable]")
         terminal.see("> ")
-        terminal.type("\x03")
-        terminal.see("Ctrl-D leaves")
+        terminal.interrupt("Ctrl-D leaves")
         terminal.type("\x04")
         assert terminal.end() == 0
 

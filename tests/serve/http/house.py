@@ -23,6 +23,7 @@ from ferry.verbs.serve.http.listening import Listener
 from ferry.verbs.serve.http.served import HttpSettings, Served
 
 NAME = "small"
+REQUESTS_OF_A_DOOR = 10_000
 T = TypeVar("T")
 
 
@@ -55,16 +56,25 @@ class House:
         """Do something in the loop, and wait for it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=120)
 
-    def open(self, engine: Engine | None = None, *, send_bytes: int | None = None, **settings: Any) -> Door:
+    def open(
+        self,
+        engine: Engine | None = None,
+        *,
+        send_bytes: int | None = None,
+        num_asked: int | None = None,
+        **settings: Any,
+    ) -> Door:
         """Open a server with settings that differ from the usual ones, before this engine or another.
 
-        `send_bytes` is what the system may hold of an answer that is not read.
+        `send_bytes` is what the system may hold of an answer that is not read. Requests are numbered from `num_asked`
+        on; each server has numbers of its own.
         """
-        return self.do(self._open(engine or self.engine, send_bytes, settings))
+        first = REQUESTS_OF_A_DOOR * len(self._listeners) if num_asked is None else num_asked
+        return self.do(self._open(engine or self.engine, send_bytes, first, settings))
 
-    async def _open(self, engine: Engine, send_bytes: int | None, settings: dict[str, Any]) -> Door:
+    async def _open(self, engine: Engine, send_bytes: int | None, num_asked: int, settings: dict[str, Any]) -> Door:
         defaults = HttpSettings(names=(NAME, str(self.path)), shown_names=(NAME,), max_num_seqs=8)
-        served = Served(engine, self.model, replace(defaults, **settings))
+        served = Served(engine, self.model, replace(defaults, **settings), num_asked=num_asked)
         bound = socket.socket()
         if send_bytes is not None:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)

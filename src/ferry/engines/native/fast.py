@@ -70,7 +70,7 @@ def why_not(settings: EngineSettings) -> str:
         if dims.head_dim % PANEL or dims.head_dim > MAX_HEAD_DIM:
             return f"the kernels need heads of a multiple of {PANEL} channels up to {MAX_HEAD_DIM}, not {dims.head_dim}"
         if not weights.can_be_packed():
-            return "the kernels know floats of 16 and 32 bits, and 8-bit weights with activations rounded token by token"
+            return "the kernels know floats of 16 or 32 bits, and 8-bit weights with activations rounded by token"
     return ""
 
 

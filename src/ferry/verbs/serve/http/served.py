@@ -62,12 +62,13 @@ class Served:
     """Is told what an operator should know."""
     measures: Measures = field(default_factory=Measures)
     created: int = field(default_factory=lambda: int(time.time()))
+    num_asked: int = 0
+    """Requests so far. Servers before one engine must not number requests alike."""
 
     def __post_init__(self) -> None:
         self.gate = Gate(self.settings.max_num_seqs + self.settings.spare_places, self.settings.max_queue)
         self.begun_s = self.measures.clock()
         self._compiler: asyncio.Task[Compiler] | None = None
-        self._num_asked = 0
 
     @property
     def limits(self) -> Limits:
@@ -77,8 +78,8 @@ class Served:
 
     def next_number(self) -> int:
         """Return what the engine calls a request: the same ones in the same order have the same names, and so seeds."""
-        self._num_asked += 1
-        return self._num_asked
+        self.num_asked += 1
+        return self.num_asked
 
     def name_of(self, asked: str | None) -> str:
         """Return the name to answer with, or the error for a model that is not here."""
