@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 JsonObject = dict[str, Any]
+_OF_EXPRESSIONS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What expressions of a template raise, beside jinja2's own errors."""
 
 
 class ChatTemplate:
@@ -49,7 +51,7 @@ class ChatTemplate:
         values = {**self.tokens, **(further or {}), "add_generation_prompt": add_generation_prompt}
         try:
             return self._compiled.render(messages=fitted, tools=known_tools or None, documents=None, **values)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TemplateError, *_OF_EXPRESSIONS) as error:
             raise InputError(
                 f"the chat template refuses this conversation: {' '.join(str(error).split()) or type(error).__name__}",
                 code="chat.refused",
@@ -105,12 +107,19 @@ def _readable(message: JsonObject, *, knows_calls: bool) -> JsonObject:
 
 
 def _call(call: JsonObject) -> JsonObject:
-    function = dict(call.get("function") or {})
+    given = call.get("function")
+    if not isinstance(given, dict):
+        raise InputError(
+            f"the function of a tool call is {json.dumps(given, ensure_ascii=False)[:40]}, expected an object",
+            code="chat.arguments",
+            repair="send the call as it was answered, with name and arguments",
+        )
+    function = dict(given)
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
             function["arguments"] = json.loads(arguments) if arguments.strip() else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"the arguments of a tool call are not JSON: {error}", code="chat.arguments", repair="send a JSON text"
             ) from error

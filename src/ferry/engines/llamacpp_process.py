@@ -11,7 +11,6 @@ import json
 import os
 import re
 import secrets
-import sys
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ferry.core.environment import usable_cores
 from ferry.core.errors import UnavailableError
+from ferry.core.interpreter import module_words
 from ferry.engines.endings import failed, refused, refused_whole
 from ferry.engines.engine import Condition, EngineInfo, EngineSettings
 from ferry.engines.grammar_guard import GrammarGuard
@@ -30,6 +30,7 @@ from ferry.engines.preflight import compute_dtype, plan_memory
 from ferry.engines.request import Output, Request, Stats
 from ferry.engines.server_process import LOCAL, Launch, ServerProcess
 from ferry.engines.text import open_text
+from ferry.engines.totals import Totals, without_gauges
 from ferry.guided.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class LlamacppEngine:
         self._ids = ids_by_bytes(self._vocabulary, self._vocabulary.num_tokens)
         self._key = secrets.token_urlsafe(32)
         self._is_up = False
+        self._totals = Totals()
         self._server = ServerProcess("llamacpp", self._prepare, self._is_ready, settings.log_file)
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}"},
@@ -116,7 +118,7 @@ class LlamacppEngine:
             yield failed(request, f"the engine is {self.condition.state}")
             return
         try:
-            watch = self._guard.watch(request.grammar) if request.grammar else None
+            watch = await self._guard.watch(request.grammar) if request.grammar else None
         except Refusal as refusal:
             yield failed(request, refusal.message, refusal.code)
             return
@@ -149,15 +151,16 @@ class LlamacppEngine:
         """Return what llama.cpp's metrics say, and what waits here."""
         import httpx
 
+        process = self.condition.num_restarts
         if self.condition.state != "ready":
-            return Stats()
+            return without_gauges(self._totals.of(None, process))
         try:
             answer = await self._client.get(f"http://{LOCAL}:{self._server.port}/metrics", timeout=5.0)
         except httpx.HTTPError:
-            return Stats()
+            return self._totals.of(None, process)
         found = {name: float(value) for name, value in SAMPLE.findall(answer.text)}
         computed, cached = (int(found.get(f"prompt_tokens_{kind}total", 0)) for kind in ("", "cached_"))
-        return Stats(
+        now = Stats(
             num_running=int(found.get("requests_processing", 0)),
             num_waiting=self._room.num_waiting + int(found.get("requests_deferred", 0)),
             kv_used=self._room.share_taken,
@@ -167,6 +170,7 @@ class LlamacppEngine:
             num_prefix_hit_tokens=cached,
             num_steps=int(found.get("n_decode_total", 0)),
         )
+        return self._totals.of(now, process)
 
     async def close(self) -> None:
         """End the server."""
@@ -183,7 +187,7 @@ class LlamacppEngine:
             "prefix_caching": self._settings.prefix_caching,
             "threads": self._threads,
         }
-        words = [sys.executable, "-m", "ferry.engines.llamacpp_server", json.dumps(said)]
+        words = [*module_words("ferry.engines.llamacpp_server"), json.dumps(said)]
         return Launch(words, {**os.environ, KEY_VARIABLE: self._key}, port)
 
     async def _is_ready(self, port: int) -> bool:

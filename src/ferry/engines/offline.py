@@ -31,6 +31,8 @@ from ferry.guided.validate import check
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from ferry.engines.native.loop import NativeEngine
+
 ROUND_TO = "w8a8"
 NAMES = {"enable_prefix_caching": "prefix_caching"}
 """vLLM's names of settings that have another one here."""
@@ -90,14 +92,21 @@ class LLM:
         )
         check_model(facts, settings)
         self._text = open_text(settings.model, settings.trust_remote_code)
-        self._engine = NativeEngine(settings)
+        self._running: NativeEngine | None = NativeEngine(settings)
+        self._info = self._running.info
         self._compiler: Compiler | None = None
         self._num_asked = 0
 
     @property
     def info(self) -> EngineInfo:
         """What the engine is, and what was chosen for it and why."""
-        return self._engine.info
+        return self._info
+
+    @property
+    def _engine(self) -> NativeEngine:
+        if self._running is None:
+            raise UnavailableError("this LLM was closed", code="offline.closed", repair="open the model again")
+        return self._running
 
     def __enter__(self) -> LLM:
         return self
@@ -106,8 +115,10 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """End it."""
-        self._engine.close()
+        """End it, and give its memory back."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
         if self._compiler is not None:
             self._compiler.close()
             self._compiler = None

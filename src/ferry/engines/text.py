@@ -42,6 +42,10 @@ class TextModel:
         """Return the token ids of a text, with what the model expects before it unless that is there already."""
         return self.vocabulary.encode(text, add_special_tokens)
 
+    def encode_all(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Return the token ids of some texts, without holding up other threads meanwhile."""
+        return self.vocabulary.encode_all(texts, add_special_tokens)
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of tokens that are all there."""
         return self.vocabulary.decode(token_ids, skip_special_tokens)

@@ -8,6 +8,7 @@ from dataclasses import fields
 
 from ferry.core.environment import usable_cores
 from ferry.core.errors import ConfigError
+from ferry.core.interpreter import SAFE_PATH, foreign_module_words
 from ferry.engines.engine import EngineSettings
 from ferry.engines.hardware import Place
 from ferry.engines.model_facts import ModelFacts
@@ -27,7 +28,7 @@ def command(
 ) -> list[str]:
     """Return the words that start the server."""
     words = [
-        str(environment.python), "-m", "vllm.entrypoints.cli.main", "serve", str(settings.model),
+        str(environment.python), *foreign_module_words("vllm.entrypoints.cli.main"), "serve", str(settings.model),
         "--host", LOCAL, "--port", str(port), "--served-model-name", SERVED_AS,
         # Values that a request leaves out are the front end's matter.
         "--generation-config", "vllm",
@@ -60,6 +61,7 @@ def command(
 def variables(settings: EngineSettings, environment: Environment, key: str) -> dict[str, str]:
     """Return the environment variables of the server: this process's, without what would lead it astray."""
     own = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+    own |= SAFE_PATH
     own |= {
         # In a variable, because others can read a command line.
         "VLLM_API_KEY": key,

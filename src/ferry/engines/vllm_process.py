@@ -15,6 +15,7 @@ from ferry.engines.hardware import Place
 from ferry.engines.model_facts import read_facts
 from ferry.engines.request import Output, Request, Stats
 from ferry.engines.server_process import LOCAL, Launch, ServerProcess
+from ferry.engines.totals import Totals, without_gauges
 from ferry.engines.vllm_command import command, dtype_word, explain, variables
 from ferry.engines.vllm_environment import Environment, adapter_for, is_known
 from ferry.engines.vllm_requests import body_of, output_of
@@ -52,6 +53,7 @@ class VllmEngine:
         self._facts = read_facts(settings.model)
         self._key = secrets.token_urlsafe(32)
         self._info: EngineInfo | None = None
+        self._totals = Totals()
         self._server = ServerProcess(name, self._prepare, self._is_ready, settings.log_file)
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}"},
@@ -107,15 +109,16 @@ class VllmEngine:
             yield await self._ended(request, "vLLM's answer ended in the middle")
 
     async def stats(self) -> Stats:
-        """Return what vLLM's own metrics say."""
+        """Return what vLLM's own metrics say; what they said last where they are silent."""
         import httpx
 
+        process = self.condition.num_restarts
         if self.condition.state != "ready":
-            return Stats()
+            return without_gauges(self._totals.of(None, process))
         try:
-            return stats_of(await self._metrics())
+            return self._totals.of(stats_of(await self._metrics()), process)
         except httpx.HTTPError:
-            return Stats()
+            return self._totals.of(None, process)
 
     async def close(self) -> None:
         """End the server and all that it started."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from ferry.core.errors import InputError
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\u2581"
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "*.model", "tokenization_*.py", "tekken.json")
+_NFC_SHRINKS = 3
+"""By how much NFC can make a text shorter, in bytes."""
 
 
 class Vocabulary:
@@ -52,14 +55,38 @@ class Vocabulary:
             return found
         return self._backend.get_vocab().get(token)  # type: ignore[no-any-return]
 
+    @cached_property
+    def longest_bytes(self) -> int | None:
+        """The most bytes of a text that one token can stand for; None where that is not known.
+
+        It is known of byte-level tokenizers that drop nothing.
+        """
+        if self._spelling != "bytes":
+            return None
+        normalizer = json.loads(self._backend.normalizer.__getstate__()) if self._backend.normalizer else {}
+        splitter = self._backend.pre_tokenizer.__getstate__() if self._backend.pre_tokenizer else b""
+        added = self._backend.get_added_tokens_decoder()
+        takes_blanks = any(token.lstrip or token.rstrip for token in added.values())
+        if takes_blanks or b"Removed" in splitter or normalizer.get("type", "NFC") != "NFC":
+            return None
+        longest = max(len(self.token_bytes(index)) for index in range(self.num_tokens))
+        return longest * (_NFC_SHRINKS if normalizer else 1)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of a text, with what the model expects around it if wanted."""
         if not self._is_fast:
             return list(self._backend.encode(text, add_special_tokens=add_special_tokens))
-        if self._before is None or not add_special_tokens:
-            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        ids = self._backend.encode(text, add_special_tokens=False).ids
-        return [*self._before, *ids, *self._after]
+        adds = add_special_tokens and self._before is None
+        return self._with_ends(self._backend.encode(text, add_special_tokens=adds).ids, add_special_tokens)
+
+    def encode_all(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Return the same of some texts, whatever their length, without holding up other threads meanwhile."""
+        if not self._is_fast:
+            return [self.encode(text, add_special_tokens) for text in texts]
+        # Unlike `encode`, this lets go of the interpreter's lock.
+        adds = add_special_tokens and self._before is None
+        found = self._backend.encode_batch_fast(list(texts), add_special_tokens=adds)
+        return [self._with_ends(one.ids, add_special_tokens) for one in found]
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token stands for; of an id without a token, none."""
@@ -72,6 +99,11 @@ class Vocabulary:
         """Return the text of tokens; bytes that are no text become replacement characters."""
         kept = (one for one in token_ids if not (skip_special_tokens and one in self.special_ids))
         return b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")
+
+    def _with_ends(self, ids: list[int], add_special_tokens: bool) -> list[int]:
+        if self._before is None or not add_special_tokens:
+            return list(ids)
+        return [*self._before, *ids, *self._after]
 
     def _look_up(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id) if self._is_fast else self._slow_token(token_id)
@@ -117,10 +149,21 @@ def open_vocabulary(model_dir: Path, config: dict[str, Any], trust_remote_code: 
                 code="data.tokenizer",
                 repair="bring the file again, or remove it if the model has other tokenizer files",
             ) from error
+    check_tokenizer(model_dir)
     from ferry.data.rendering import load_tokenizer
 
     found = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
     return Vocabulary(getattr(found, "backend_tokenizer", None) or found, config)
+
+
+def check_tokenizer(model_dir: Path) -> None:
+    """Refuse a directory without any file of a tokenizer, before anything slow finds out."""
+    if not any(file.is_file() for pattern in _TOKENIZER_FILES for file in model_dir.glob(pattern)):
+        raise InputError(
+            f"{model_dir} holds no tokenizer",
+            code="data.tokenizer",
+            repair="copy the tokenizer's files from the original model, as tokenizer.json and tokenizer_config.json",
+        )
 
 
 def _content(token: Any) -> str:

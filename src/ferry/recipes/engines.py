@@ -90,14 +90,19 @@ def runnable(engine: str, cpu: str) -> tuple[tuple[str, str], ...]:
 
 
 @cache
-def cpu_level() -> str:
-    """Return the best instruction set of this machine that engines have a binary for: AVX512, AVX2 or ""."""
+def cpu_features() -> frozenset[str]:
+    """Return what an x86 processor can do, in the words of Linux; nothing for other machines."""
     path = Path("/proc/cpuinfo")
     if platform.machine() not in ("x86_64", "AMD64") or not path.exists():
-        return ""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    flags = next((set(line.partition(":")[2].split()) for line in text.splitlines() if line.startswith("flags")), set())
-    return next((level for level, needed in CPU_FEATURES.items() if needed <= flags), "")
+        return frozenset()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((frozenset(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), frozenset())
+
+
+@cache
+def cpu_level() -> str:
+    """Return the best instruction set of this machine that engines have a binary for: AVX512, AVX2 or ""."""
+    return next((level for level, needed in CPU_FEATURES.items() if needed <= cpu_features()), "")
 
 
 def _holds(machine: str, level: str, capability: float | None) -> bool | None:

@@ -126,10 +126,16 @@ def test_an_answer_that_leaves_its_grammar_is_noticed(text: TextModel) -> None:
     assert constraint is not None
     guard = GrammarGuard(text, text.vocabulary.num_tokens)
     lark = build(constraint, lambda: None).lark
-    assert guard.watch(lark).keeps(text.encode("Positive", False))
-    assert not guard.watch(lark).keeps(text.encode("Positively", False))
-    with pytest.raises(Refusal):
-        guard.watch("start: @@")
+
+    async def story() -> None:
+        first, second = await asyncio.gather(guard.watch(lark), guard.watch(lark))
+        assert first.keeps(text.encode("Positive", False))
+        assert not second.keeps(text.encode("Positively", False))
+        for _ in range(2):
+            with pytest.raises(Refusal):
+                await guard.watch("start: @@")
+
+    asyncio.run(story())
 
 
 def test_requests_wait_for_room_and_come_in_turn() -> None:

@@ -16,7 +16,7 @@ from ferry.engines.hardware import Place, ascend, free_memory_bytes, nvidia, tot
 from ferry.engines.model_facts import read_facts
 from ferry.engines.preflight import Memory, check_model, plan_memory
 from ferry.verbs.serve.config import ServeConfig
-from ferry.verbs.serve.plan import check_port, check_quantization, plan, prepare, read_keys
+from ferry.verbs.serve.plan import check_port, check_quantization, plan, prepare, read_keys, trusted_hosts
 
 from .headers import model_in, seven_b
 
@@ -232,6 +232,13 @@ def test_a_key_file_must_be_readable_and_hold_keys(tmp_path: Path) -> None:
 
 def test_an_open_door_without_a_key_is_said(tmp_path: Path) -> None:
     assert "without a key" in "\n".join(prepare(config(model_in(tmp_path / "model"), host="0.0.0.0")).notes)
+
+
+def test_only_a_server_of_this_machine_without_keys_looks_at_who_asks(tmp_path: Path) -> None:
+    assert trusted_hosts(config(tmp_path)) == ("localhost", "127.0.0.1", "::1")
+    assert "127.0.0.2" in trusted_hosts(config(tmp_path, host="127.0.0.2"))
+    assert trusted_hosts(config(tmp_path, host="0.0.0.0")) == ()
+    assert trusted_hosts(config(tmp_path, api_key_file=tmp_path / "keys")) == ()
 
 
 def test_a_path_without_a_model_is_refused(tmp_path: Path) -> None:

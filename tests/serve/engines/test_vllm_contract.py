@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ferry.core.errors import ConfigError
+from ferry.core.interpreter import ANY_PYTHON
 from ferry.engines.engine import EngineSettings
 from ferry.engines.hardware import Place
 from ferry.engines.log_lines import Log, meaning
@@ -30,7 +31,8 @@ from .headers import model_in
 GPU = Place("the NVIDIA GPU", 24 << 30, 24 << 30, 0.9, 2 << 30, on_cpu=False)
 CPU = Place("this machine", 32 << 30, 30 << 30, None, 1_600_000_000)
 COMMON = (
-    "env/bin/python -m vllm.entrypoints.cli.main serve {model} --host 127.0.0.1 --port 4321 --served-model-name ferry "
+    f"env/bin/python -c {ANY_PYTHON} vllm.entrypoints.cli.main serve {{model}} "
+    "--host 127.0.0.1 --port 4321 --served-model-name ferry "
     "--generation-config vllm --enable-prompt-tokens-details --uvicorn-log-level warning "
 )
 GUIDANCE = '--structured-outputs-config {"backend":"guidance"} '

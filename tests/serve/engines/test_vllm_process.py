@@ -150,6 +150,8 @@ def test_a_death_ends_what_runs_and_another_server_answers_soon(settings: Engine
         async with running(settings) as engine:
             long = engine.generate(asked(1, name="long", max_tokens=400))
             await anext(long)
+            num_before = (await engine.stats()).num_generated_tokens
+            assert num_before
             (killed,) = await answer(engine, asked(DIES, name="killer"))
             assert (killed.finish, killed.error_code) == ("error", "engine.lost")
             rest = [output async for output in long]
@@ -160,6 +162,7 @@ def test_a_death_ends_what_runs_and_another_server_answers_soon(settings: Engine
 
             await until(is_back)
             assert engine.condition.num_restarts == 1
+            assert (await engine.stats()).num_generated_tokens >= num_before
             assert (await answer(engine, asked(10, max_tokens=1)))[-1].token_ids == (11,)
 
     asyncio.run(story())

@@ -37,6 +37,10 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (COMPLETIONS, text(prompt=[5, 999_999]), 400, "prompt", "token id 999999 is not one of the 261"),
     (COMPLETIONS, text(prompt=[-1]), 400, "prompt[0]", "at least 0"),
     (COMPLETIONS, text(prompt="long " * 2000), 400, "prompt", "10,000 tokens"),
+    (COMPLETIONS, text(prompt="a" * 30_000), 400, "prompt", "at least 2,308 tokens"),
+    (CHAT, talk(messages=[{"role": "user", "content": "a" * 30_000}]), 400, "messages", "at least 2,3"),
+    (COMPLETIONS, text(prompt="a" * 21_000), 400, "prompt", "21,000 tokens"),
+    (COMPLETIONS, text(prompt=["a"] * 200, n=2), 400, "prompt", "400 answers, more than the 256"),
     (COMPLETIONS, text(suffix="."), 400, "suffix", "not done"),
     (CHAT, talk(chat_template="{{ messages }}"), 400, "chat_template", "--chat-template FILE"),
     # lengths
@@ -63,6 +67,7 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (COMPLETIONS, text(seed="x"), 400, "seed", "a whole number"),
     (COMPLETIONS, text(logit_bias={"x": 1}), 400, "logit_bias", "expected a token id"),
     (COMPLETIONS, text(logit_bias={"999": 1}), 400, "logit_bias", "token id 999"),
+    (COMPLETIONS, text(logit_bias={"9" * 5000: 1}), 400, "logit_bias", "expected a token id"),
     (COMPLETIONS, text(use_beam_search=True), 400, "use_beam_search", "not done"),
     # stops
     (COMPLETIONS, text(stop=""), 400, "stop", "not empty"),
@@ -86,6 +91,13 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
         400,
         "messages[0].content[0].type",
         "'image_url', expected 'text'",
+    ),
+    (
+        CHAT,
+        talk(messages=[*USER, {"role": "assistant", "tool_calls": [{"function": "zzz"}]}]),
+        400,
+        "messages",
+        'the function of a tool call is "zzz", expected an object',
     ),
     (CHAT, talk(echo=True), 400, "echo", "use /v1/completions"),
     (CHAT, talk(continue_final_message=True), 400, "continue_final_message", "not one of the assistant"),
@@ -125,6 +137,8 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     ("/detokenize", {}, 400, "tokens", "missing"),
     ("/detokenize", {"tokens": ["a"]}, 400, "tokens", "token ids"),
     ("/detokenize", {"tokens": [999]}, 400, "tokens", "token id 999"),
+    ("/detokenize", {"tokens": [5] * 131_073}, 400, "tokens", "131,073 tokens, more than 131,072"),
+    ("/tokenize", {"prompt": "a" * 131_073}, 400, "prompt", "131,073 tokens, more than 131,072"),
 ]
 
 
@@ -170,6 +184,7 @@ def test_a_body_that_is_no_object_of_json_is_refused(door: Door, body: bytes, wo
         ("GET", "/v1/completions", 405, "does not take GET"),
         ("DELETE", "/health", 405, "does not take DELETE"),
         ("GET", "/v1/models/gpt-9", 404, "does not exist"),
+        ("POST", "/v1/completions/", 404, "there is no /v1/completions/"),
     ],
 )
 def test_unknown_paths_and_methods_have_the_same_shape(

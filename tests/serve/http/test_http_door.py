@@ -47,6 +47,29 @@ def test_probes_answer(door: Door) -> None:
     assert door.client.get("/version").json()["version"]
 
 
+def test_probes_answer_those_who_want_no_body(door: Door) -> None:
+    for path in ("/health", "/ready", "/v1/models", "/"):
+        answer = door.client.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_pages_from_elsewhere_cannot_ask_a_server_of_this_machine(house: House) -> None:
+    local = house.open(trusted_hosts=("localhost", "127.0.0.1", "::1"))
+    for headers in ({"host": "localhost:1"}, {"origin": local.url}, {"host": "[::1]:80"}, {}):
+        assert local.client.get("/v1/models", headers=headers).status_code == 200
+    for headers, code in (
+        ({"host": "rebound.example:8080"}, "request.host"),
+        ({"host": "localhost.example"}, "request.host"),
+        ({"origin": "https://page.example"}, "request.origin"),
+        ({"origin": "null"}, "request.origin"),
+    ):
+        body = b'{"prompt": "x"}'
+        answer = local.client.post("/v1/completions", content=body, headers={"content-type": "text/plain", **headers})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, code)
+        assert "--api-key-file" in answer.json()["error"]["message"]
+        assert local.client.get("/health", headers=headers).status_code == 200
+
+
 def test_a_server_answers_before_its_engine_does(house: House) -> None:
     early = house.open(engine=find("native").make(EngineSettings(house.path)))
     assert early.client.get("/health").status_code == 200
@@ -122,14 +145,18 @@ def test_the_same_requests_after_a_restart_get_the_same_answers(house: House) ->
 
 
 def test_a_signal_lets_running_answers_end(small_model: Path, tmp_path: Path) -> None:
-    with served_by_command(small_model, tmp_path) as (process, url):
+    with served_by_command(small_model, tmp_path, "--log-requests") as (process, url):
         client = httpx.Client(base_url=url, timeout=60)
+        client.get("/x%0Aready%1b[31m")
+        # What a client sent can neither begin a line nor colour it.
+        assert "path=/x\\nready\\x1b[31m status=404" in process.said.wait_for("GET")
+        assert client.get("/v1/models", headers={"host": "rebound.example"}).status_code == 403
         body = {"prompt": "hi", "max_tokens": 800, "ignore_eos": True, "temperature": 0, "stream": True}
         with client.stream("POST", "/v1/completions", json=body) as answer:
             lines = answer.iter_lines()
             seen = [next(lines)]
             process.send_signal(signal.SIGTERM)
-            process.said.wait_for("stopping: 1 requests")
+            process.said.wait_for("stopping: 1 request may")
             late = httpx.post(f"{url}/v1/completions", json={"prompt": "x"})
             assert [late.status_code, late.json()["error"]["code"]] == [503, "serve.stopping"]
             seen += list(lines)

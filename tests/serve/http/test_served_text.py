@@ -31,6 +31,9 @@ def pieces_vocabulary() -> Vocabulary:
     return Vocabulary(tokenizer, {"add_bos_token": True, "bos_token": "<s>"})
 
 
+PIECES = pieces_vocabulary()
+
+
 @given(st.text(max_size=30), st.lists(st.integers(1, 4), max_size=60))
 def test_text_is_the_same_however_tokens_come(text: str, sizes: list[int]) -> None:
     detokenizer = Detokenizer(BYTES)
@@ -50,6 +53,23 @@ def test_pieces_and_bytes_to_fall_back_on_make_the_text(text: str) -> None:
     assert vocabulary.token_bytes(ids[0]) == b"<s>"
     detokenizer = Detokenizer(vocabulary)
     assert "".join(detokenizer.add([one]) for one in ids) == text.replace("\u2581", "")
+
+
+@given(st.lists(st.text(max_size=20), max_size=4), st.booleans())
+def test_many_texts_are_tokens_as_each_of_them_is(texts: list[str], special: bool) -> None:
+    for vocabulary in (BYTES, PIECES):
+        assert vocabulary.encode_all(texts, special) == [vocabulary.encode(text, special) for text in texts]
+
+
+def test_the_longest_token_is_known_where_nothing_is_dropped() -> None:
+    assert BYTES.longest_bytes == len("<|endoftext|>")
+    assert PIECES.longest_bytes is None
+
+
+def test_a_directory_without_a_tokenizer_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds no tokenizer"):
+        open_text(tmp_path)
 
 
 def test_a_letter_that_is_cut_off_by_the_limit_is_left_out() -> None:
@@ -141,6 +161,14 @@ def test_arguments_of_calls_may_be_json_text(small_model: Path) -> None:
 def test_what_a_template_refuses_is_an_error_of_the_conversation(small_model: Path) -> None:
     with pytest.raises(InputError, match="no such role"):
         open_text(small_model).render_chat([{"role": "forbidden", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ 1 // 0 }}", "{{ 2.0 ** 5000 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ ''.pop() }}"]
+)
+def test_a_template_that_breaks_is_an_error_of_the_conversation(source: str) -> None:
+    with pytest.raises(InputError, match="chat template refuses"):
+        ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
 
 
 def test_a_template_cannot_leave_its_sandbox() -> None:

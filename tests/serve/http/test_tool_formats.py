@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ferry.verbs.serve.http.tool_formats import FORMATS, CallReader, format_of
+from ferry.verbs.serve.http.tools import CallList
 
 TAGGED, LISTED, BARE = FORMATS
 ANSWERS = [
@@ -85,3 +86,14 @@ def test_arguments_that_are_a_text_stay_as_they_are() -> None:
 )
 def test_the_template_shows_the_form(template: str, form: object) -> None:
     assert format_of(template) is form
+
+
+@given(st.integers(1, 40))
+def test_a_list_of_calls_is_read_while_it_comes(size: int) -> None:
+    wanted = [("f", '{"a":{"}":"[{"}}'), ("g", "{}"), ("f", '{"b":[{},{}]}')]
+    text = ", ".join(f'{{"name": "{name}", "parameters": {arguments}}}' for name, arguments in wanted)
+    for whole, calls in ((f"[{text}]", wanted), (f"[{text[:-3]}", wanted[:-1])):
+        reader, found = CallList(), []
+        for at in range(0, len(whole), size):
+            found += reader.add(whole[at : at + size])
+        assert [(call.name, call.arguments) for call in found] == calls

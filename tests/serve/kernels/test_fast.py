@@ -1,6 +1,7 @@
 """The executor of our kernels against transformers' own forward, on small random models of every family it takes."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,20 @@ def test_threads_do_not_change_a_bit(made: Any) -> None:
         model.allocate(20)
         found.append(model.forward(batch).copy())
     assert np.array_equal(*found)
+
+
+def test_a_closed_model_holds_no_memory(made: Any) -> None:
+    directory, _, _ = made("llama")
+    open_fast(EngineSettings(directory))  # what stays of a first time is not the model's
+    tracemalloc.start()
+    try:
+        model = opened(directory)
+        model.allocate(1000)
+        assert tracemalloc.get_traced_memory()[0] > 1000 * model.block_bytes
+        model.close()
+        assert tracemalloc.get_traced_memory()[0] < 200_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("quantization", ["auto", "w8a8"])

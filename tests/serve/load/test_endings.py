@@ -37,7 +37,7 @@ def test_a_stream_that_runs_when_the_server_is_stopped_is_finished(serve: Serve)
                 stream(client, plain(max_tokens=600), on_event=lambda n: has_begun(stopped, server, signal.SIGTERM, n))
             )
             await stopped.wait()
-            await asyncio.to_thread(server.errors.wait_for, "stopping: 1 requests")
+            await asyncio.to_thread(server.errors.wait_for, "stopping: 1 request may")
             late = await client.post(COMPLETIONS, json=plain())
             assert late.status_code == 503
             assert late.headers["retry-after"]
@@ -126,7 +126,7 @@ def test_a_second_signal_ends_the_server_at_once(serve: Serve) -> None:
                 )
             )
             await stopped.wait()
-            await asyncio.to_thread(server.errors.wait_for, "stopping: 1 requests")
+            await asyncio.to_thread(server.errors.wait_for, "stopping: 1 request may")
             server.process.send_signal(signal.SIGTERM)
             with pytest.raises(httpx.RemoteProtocolError):
                 await running

@@ -53,6 +53,12 @@ class Reader:
         self.steps: list[Batch] = []
         self.cache = np.zeros((0, block_size), np.int32)
 
+    def step_bytes(self, num_tokens: int) -> int:
+        return 1000 * num_tokens
+
+    def close(self) -> None:
+        self.cache = np.zeros((0, self.block_size), np.int32)
+
     def allocate(self, num_blocks: int) -> None:
         self.cache = np.full((num_blocks, self.block_size), BLANK, np.int32)
 

@@ -96,6 +96,17 @@ def test_a_grammar_that_is_none_ends_its_request_alone(engine: Any) -> None:
     assert made["good"][-1].finish == "stop"
 
 
+def test_a_defect_of_what_compiles_ends_its_request_alone(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("no JSON")
+    engine = engine_of(Reader(), model=tmp_path)
+    engine.add(ask("guided", [1], 'start: "yes"', max_tokens=5))
+    engine.add(ask("free", [1], max_tokens=5))
+    made = run(engine)
+    engine.close()
+    assert (made["guided"][-1].finish, made["guided"][-1].error_code) == ("error", "guided.grammar")
+    assert made["free"][-1].finish == "length"
+
+
 def test_a_request_can_be_cancelled_while_its_grammar_is_compiled(engine: Any) -> None:
     engine.add(ask("a", [1], 'start: "yes" | "no"', max_tokens=5))
     assert engine.stats().num_waiting == 1

@@ -52,6 +52,11 @@ def test_a_share_of_the_memory_is_without_weights_and_a_step() -> None:
     assert 8 * GB - 2 * GB - found.num_blocks * 16 * TOKEN_BYTES == pytest.approx(256 * 2**20, rel=0.01)
 
 
+def test_a_longer_step_leaves_less_to_the_cache() -> None:
+    usual, long = (decide(2048, gpu_memory_utilization=0.5, max_num_batched_tokens=size) for size in (256, 1_000_256))
+    assert (usual.num_blocks - long.num_blocks) * 16 * TOKEN_BYTES == pytest.approx(GB, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("settings", "repair"),
     [

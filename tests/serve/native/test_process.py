@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from asyncio.subprocess import Process
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -126,13 +128,84 @@ asyncio.run(main())
 """
 
 
-def test_a_killed_parent_takes_the_child_with_it(model: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", PARENT, str(model)], stdout=subprocess.PIPE, text=True) as parent:
+POISON = "import pathlib; pathlib.Path(__file__).with_name('was run').touch()"
+
+
+def test_a_killed_parent_takes_the_child_with_it_and_no_code_of_the_directory_is_run(
+    model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "program").mkdir()
+    program = tmp_path / "program" / "parent.py"
+    program.write_text(PARENT)
+    here = tmp_path / "a model from the network"
+    here.mkdir()
+    (here / "numpy.py").write_text(POISON)
+    words = [sys.executable, str(program), str(model)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=here) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         assert is_alive(child)
         parent.kill()
     asyncio.run(until(lambda: not is_alive(child)))
+    assert not (here / "was run").exists()
+
+
+BABBLER = """
+import socket, sys
+from ferry.engines.engine import EngineInfo
+from ferry.engines.native import messages
+
+def receive():
+    return messages.parse(file.read(messages.length_of(file.read(messages.LENGTH_BYTES))))
+
+end = socket.socket(fileno=int(sys.argv[1]))
+file = end.makefile("rb")
+receive()
+end.sendall(messages.frame("ready", EngineInfo("native", 5, 6, "float32")))
+receive()
+end.sendall(messages.frame("step", 5))
+file.read()
+"""
+
+
+class Babbling(ChildEngine):
+    """An engine whose child answers a request with what no engine says."""
+
+    async def _fork(self, theirs: socket.socket) -> Process:
+        fd = theirs.fileno()
+        return await asyncio.create_subprocess_exec(sys.executable, "-c", BABBLER, str(fd), pass_fds=(fd,))
+
+
+def test_a_child_that_cannot_be_understood_is_a_death_like_another(tmp_path: Path) -> None:
+    async def story() -> None:
+        engine = Babbling(EngineSettings(tmp_path))
+        await engine.start()
+        child = engine.process_id
+        (lost,) = await answer(engine, ask("a", [1]))
+        assert lost.error_code == "engine.lost"
+        assert "cannot be read" in lost.error_message
+        await until(lambda: engine.condition.state == "ready")
+        assert engine.process_id != child
+        assert "cannot be read" in engine.condition.last_death
+        await engine.close()
+
+    asyncio.run(story())
+
+
+def test_an_engine_can_be_closed_while_it_starts(model: Path) -> None:
+    async def story() -> None:
+        engine = ChildEngine(settings_for(model))
+        start = asyncio.create_task(engine.start())
+        await until(lambda: engine.process_id is not None)
+        child = engine.process_id
+        assert child is not None
+        await engine.close()
+        with pytest.raises(UnavailableError):
+            await start
+        assert engine.condition.state == "closed"
+        assert not is_alive(child)
+
+    asyncio.run(story())
 
 
 def test_what_the_child_cannot_start_for_crosses_over(model: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from ferry import LLM, GuidedDecodingParams, SamplingParams
+from ferry.core.errors import UnavailableError
 from ferry.sampling_params import StructuredOutputsParams
 from quantize.making import write_model
 
@@ -249,6 +250,15 @@ def test_a_beginning_that_was_read_before_is_not_read_again(llm: LLM) -> None:
     llm.generate(prompt, GREEDY)
     (answer,) = llm.generate(prompt + "!", GREEDY)
     assert answer.num_cached_tokens >= 96
+
+
+def test_what_is_closed_says_so(tiny: Path) -> None:
+    llm = LLM(tiny, threads=1)
+    llm.close()
+    llm.close()
+    assert llm.info.name == "native"
+    with pytest.raises(UnavailableError, match="was closed"):
+        llm.generate("x", GREEDY)
 
 
 def test_conversations_go_through_the_models_template(llm: LLM) -> None:

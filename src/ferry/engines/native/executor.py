@@ -53,12 +53,20 @@ class Executor(Protocol):
     threads: int
     notes: tuple[str, ...]
 
+    def step_bytes(self, num_tokens: int) -> int:
+        """Return about how much memory a step of so many tokens takes beside weights, cache and logits."""
+        ...
+
     def allocate(self, num_blocks: int) -> None:
         """Make the cache. Memory is used as blocks are written."""
         ...
 
     def forward(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Return the logits [R, num_tokens]. They may be overwritten by the next call."""
+        ...
+
+    def close(self) -> None:
+        """End what runs beside it, and give its memory back: it computes no more."""
         ...
 
 

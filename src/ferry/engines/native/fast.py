@@ -103,6 +103,10 @@ class FastExecutor:
         self.block_size = settings.block_size or DEFAULT_BLOCK_SIZE
         self.dtype = "float32"
         self.threads = num_threads(settings)
+        heads = dims.num_heads * dims.head_dim
+        wide = max(heads + 2 * dims.num_groups * dims.head_dim, dims.hidden_size, 2 * dims.ffn_hidden_size)
+        narrow = max(heads, dims.hidden_size, dims.ffn_hidden_size)
+        self._row_bytes = 4 * (dims.hidden_size + wide + narrow) + 2 * narrow
         self._cache_items = self.block_size * dims.num_groups * dims.head_dim
         self.block_bytes = 2 * 4 * self._cache_items * dims.num_layers
         self._library = library
@@ -127,14 +131,22 @@ class FastExecutor:
         self._workspace = library.workspace(self.threads)
 
     def close(self) -> None:
-        """End its threads."""
-        if self._workspace:
-            self._library.close(self._workspace)
-            self._workspace = 0
+        """End its threads, and give its memory back."""
+        if not self._workspace:
+            return
+        self._library.close(self._workspace)
+        self._workspace = 0
+        self._layers, self._caches, self._structs = [], [], None
+        self._logits = np.empty((0, 0), np.float32)
+        del self._embedding, self._head, self._final_norm, self._tables, self._model
 
     def __del__(self) -> None:
         if getattr(self, "_workspace", 0):
             self.close()
+
+    def step_bytes(self, num_tokens: int) -> int:
+        """Return what the threads share: rows of three widths, of which one is rounded to 16 bits too."""
+        return num_tokens * self._row_bytes
 
     def allocate(self, num_blocks: int) -> None:
         """Make the cache; see `Executor`."""

@@ -48,6 +48,17 @@ class GenericExecutor:
             shape.num_heads * (shape.key_dim + shape.value_dim) * item_bytes for shape in self._shapes.values()
         )
 
+    def step_bytes(self, num_tokens: int) -> int:
+        """Return an estimate: the rows of the widest part of a layer, those around it, and copies in float32."""
+        config = self.model.config.get_text_config()
+        hidden = int(config.hidden_size)
+        inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+        return 4 * num_tokens * (3 * int(max(inner) if isinstance(inner, list) else inner) + 4 * hidden)
+
+    def close(self) -> None:
+        """Give the memory of the model and of its cache back."""
+        self.model = self._cache = None
+
     def allocate(self, num_blocks: int) -> None:
         """Make the cache. Memory is used as blocks are written."""
         self._cache = make_cache(self._shapes, num_blocks, self.block_size, self._dtype)

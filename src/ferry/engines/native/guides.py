@@ -1,4 +1,4 @@
-"""Grammars of requests: compiled on a worker thread, once for equal texts; and what a grammar allows next.
+"""Grammars of requests: compiled on worker threads, once for equal texts; and what a grammar allows next.
 
 The loop never waits for a compilation. Tokens that end an answer are no part of a grammar: they are allowed where it
 may end, and nowhere else.
@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 CACHE_SIZE = 128
+NUM_THREADS = 2
+"""A grammar that takes long does not hold the next one up."""
 LIMITS: Float32 = np.where(
     np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.inf, -np.inf
 ).astype(np.float32)
@@ -67,7 +70,7 @@ class Guide:
 
 
 class Guides:
-    """The worker thread and what it compiled for one model. Close it at the end."""
+    """The worker threads and what they compiled for one model. Close it at the end."""
 
     def __init__(self, model: Path, num_tokens: int, *, trust_remote_code: bool = False) -> None:
         self._model = model
@@ -75,13 +78,14 @@ class Guides:
         self._trust_remote_code = trust_remote_code
         self._own_ends = [token for token in end_tokens_of(model) if token < num_tokens]
         self._tokenizer: LLTokenizer | None = None
+        self._lock = Lock()
         self._made: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="ferry-grammar")
+        self._workers = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="ferry-grammar")
 
     def submit(self, lark: str) -> Future[LLMatcher]:
         """Return the future of a grammar. Equal ones share it: leave it, never cancel it."""
         if lark not in self._made:
-            self._made[lark] = self._worker.submit(self._compile, lark)
+            self._made[lark] = self._workers.submit(self._compile, lark)
         self._made.move_to_end(lark)
         if len(self._made) > CACHE_SIZE:
             self._made.popitem(last=False)
@@ -92,15 +96,16 @@ class Guides:
         return Guide(automaton.deep_copy(), self._num_tokens, end_tokens, self._own_ends)
 
     def close(self) -> None:
-        """End the worker thread; what waits is dropped."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        """End the worker threads; what waits is dropped."""
+        self._workers.shutdown(wait=True, cancel_futures=True)
 
     def _compile(self, lark: str) -> LLMatcher:
         from llguidance import LLMatcher
 
-        if self._tokenizer is None:
-            text = _tokenizer_text(self._model, self._trust_remote_code)
-            self._tokenizer = tokenizer_of(text, self._num_tokens, self._own_ends)
+        with self._lock:
+            if self._tokenizer is None:
+                text = _tokenizer_text(self._model, self._trust_remote_code)
+                self._tokenizer = tokenizer_of(text, self._num_tokens, self._own_ends)
         automaton = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(lark), log_level=0)
         if not automaton.is_error():
             # The first mask is the dearest: make it here.

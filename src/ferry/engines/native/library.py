@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ferry.recipes.engines import cpu_level
+from ferry.recipes.engines import cpu_features
 
 Float32 = npt.NDArray[np.float32]
 FLOAT32, BFLOAT16, FLOAT16, INT8 = range(4)
@@ -30,6 +30,9 @@ MAX_INTEGER_COLS = (2**31 - 1) // (127 * 128)
 """Products of two 8-bit integers whose sum is sure to stay within 32 bits."""
 LAYOUT = 1
 """Changes with every change of a struct, here and in `kernels/functions.h`."""
+
+NEEDED = {"avx2": frozenset({"avx2", "fma", "f16c"}), "plain": frozenset[str]()}
+"""Instruction sets, the best first, and what a processor must have for what is compiled with them: see `setup.py`."""
 
 
 class LinearStruct(Structure):
@@ -155,7 +158,7 @@ def address(array: npt.NDArray[Any] | None) -> int | None:
 @cache
 def load() -> Library | None:
     """Return the best library that was built and runs on this processor, or None."""
-    names = ["plain"] if cpu_level() == "" else ["avx2", "plain"]
+    names = [name for name, needed in NEEDED.items() if needed <= cpu_features()]
     return next((found for found in map(open_library, names) if found is not None), None)
 
 

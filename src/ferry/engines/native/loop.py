@@ -1,5 +1,5 @@
-"""The native engine as one object: requests in, and with each step what is new of them. No threads of its own but one
-that compiles grammars; no clock; a step does all there is to do, and returns.
+"""The native engine as one object: requests in, and with each step what is new of them. No threads of its own but those
+that compile grammars; no clock; a step does all there is to do, and returns.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ferry.core.errors import FerryError, InputError
+from ferry.core.errors import FerryError, InputError, UnavailableError
 from ferry.engines.engine import EngineInfo, EngineSettings
 from ferry.engines.native.choosing import Chooser, Stuck
 from ferry.engines.native.executor import Executor, open_executor
@@ -32,27 +32,27 @@ class NativeEngine:
 
     def __init__(self, settings: EngineSettings, executor: Executor | None = None) -> None:
         self._settings = settings
-        self._executor = executor if executor is not None else open_executor(settings)
-        self._room = room(self._executor, settings, memory_now())
-        self._executor.allocate(self._room.num_blocks)
+        executor = executor if executor is not None else open_executor(settings)
+        self._executor: Executor | None = executor
+        self._room = room(executor, settings, memory_now())
+        executor.allocate(self._room.num_blocks)
+        self.info = self._look(executor)
+        """What the engine is and what was chosen."""
         self._scheduler = Scheduler(
             num_blocks=self._room.num_blocks,
-            block_size=self._executor.block_size,
+            block_size=executor.block_size,
             max_model_len=self._room.max_model_len,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             prefix_caching=settings.prefix_caching,
         )
-        self._guides = Guides(settings.model, self._executor.num_tokens, trust_remote_code=settings.trust_remote_code)
+        self._guides = Guides(settings.model, executor.num_tokens, trust_remote_code=settings.trust_remote_code)
         self._sequences: dict[str, Sequence] = {}
         self._compiling: dict[str, Future[LLMatcher]] = {}
-        self._scratch_V: Float32 = np.empty(self._executor.num_tokens, np.float32)
+        self._scratch_V: Float32 = np.empty(executor.num_tokens, np.float32)
         self._num_prompt_tokens = self._num_generated_tokens = self._num_steps = 0
 
-    @property
-    def info(self) -> EngineInfo:
-        """What the engine is and what was chosen."""
-        executor = self._executor
+    def _look(self, executor: Executor) -> EngineInfo:
         return EngineInfo(
             name="native",
             num_tokens=executor.num_tokens,
@@ -87,10 +87,12 @@ class NativeEngine:
 
     def add(self, request: Request) -> None:
         """Take a request; raise InputError for one that could never be answered."""
+        if self._executor is None:
+            raise UnavailableError("the engine is closed", code="engine.closed")
         if request.id in self._sequences:
             raise InputError(f"a request {request.id!r} is running already", code="engine.duplicate")
         self._scheduler.check(request)
-        num_tokens = self._executor.num_tokens
+        num_tokens = self.info.num_tokens
         wrong = [token for token in (min(request.prompt_ids), max(request.prompt_ids)) if not 0 <= token < num_tokens]
         if wrong:
             raise InputError(f"the model has {num_tokens} tokens, and none is {wrong[0]}", code="engine.token-id")
@@ -115,7 +117,7 @@ class NativeEngine:
         if self._compiling and not self._scheduler.has_work:
             wait(self._compiling.values(), timeout=COMPILING_WAIT_S, return_when=FIRST_COMPLETED)
         outputs = self._join()
-        if not self._scheduler.has_work:
+        if not self._scheduler.has_work or self._executor is None:
             return outputs
         step = self._scheduler.plan()
         batch = self._scheduler.batch(step)
@@ -142,8 +144,13 @@ class NativeEngine:
         return outputs
 
     def close(self) -> None:
-        """End what runs beside the loop."""
+        """End what runs beside the loop, and give the memory of the model back. Requests are forgotten."""
+        for request_id in list(self._sequences):
+            self.cancel(request_id)
         self._guides.close()
+        if self._executor is not None:
+            self._executor.close()
+            self._executor = None
 
     def _join(self) -> list[Output]:
         """Queue the requests whose grammars are ready."""
@@ -151,14 +158,19 @@ class NativeEngine:
         for request_id in [name for name, future in self._compiling.items() if future.done()]:
             future = self._compiling.pop(request_id)
             sequence = self._sequences[request_id]
-            try:
+            # A defect of the library that compiles is the end of this request alone, not of all that run.
+            error = future.exception()
+            if error is None:
                 ends = sequence.request.sampling.end_token_ids
                 sequence.chooser.guide = self._guides.guide(future.result(), ends)
-            except FerryError as error:
-                del self._sequences[request_id]
-                outputs.append(_error(request_id, error.code, str(error)))
+                self._scheduler.add(sequence)
                 continue
-            self._scheduler.add(sequence)
+            del self._sequences[request_id]
+            if isinstance(error, FerryError):
+                outputs.append(_error(request_id, error.code, str(error)))
+            else:
+                said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                outputs.append(_error(request_id, "guided.grammar", f"the grammar cannot be compiled: {said}"))
         return outputs
 
     def _go_on(self, sequence: Sequence, row_V: Float32, likeliest: int) -> Output:
@@ -233,9 +245,9 @@ class NativeEngine:
         return _error(sequence.request.id, code, message)
 
     def _not_finite(self) -> str:
-        said = f"the model's numbers are not finite in {self._executor.dtype} (other servers answer with repeated "
+        said = f"the model's numbers are not finite in {self.info.dtype} (other servers answer with repeated "
         said += "exclamation marks then); "
-        if self._executor.dtype != "float32":
+        if self.info.dtype != "float32":
             return f"{said}serve it with --dtype float32"
         # Nothing wider is left: the numbers were bad before.
         return (

@@ -81,8 +81,9 @@ def _blocks(num_tokens: int, block_size: int) -> int:
 
 
 def _step_bytes(executor: Executor, settings: EngineSettings) -> int:
-    """Return what one step needs at most: the logits, twice."""
-    return 2 * 4 * executor.num_tokens * (settings.max_num_seqs + MAX_PROMPT_ROWS)
+    """Return what one step needs at most: what the model works in, and the logits, twice."""
+    logits = 2 * 4 * executor.num_tokens * (settings.max_num_seqs + MAX_PROMPT_ROWS)
+    return logits + executor.step_bytes(settings.max_num_batched_tokens)
 
 
 def _resident_bytes() -> int:

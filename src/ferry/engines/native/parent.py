@@ -8,21 +8,22 @@ ended. Nothing here waits for a lock or a thread.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import subprocess
-import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
 from typing import Any
 
-from ferry.core.errors import FerryError, UnavailableError
+from ferry.core.errors import UnavailableError
+from ferry.core.interpreter import module_words
 from ferry.engines.engine import Condition, EngineInfo, EngineSettings
 from ferry.engines.native import messages
 from ferry.engines.native.watch import SILENCE_S, Watch
 from ferry.engines.request import Output, Request, Stats
+from ferry.engines.totals import added, without_gauges
 
 PAUSES_S = (0.0, 0.5, 2.0, 8.0, 30.0)
 """Before the first, second ... restart in a row. After the last the engine has failed."""
@@ -72,8 +73,9 @@ class ChildEngine:
         self._condition = Condition("starting", "the model is being loaded")
         try:
             reader = await self._spawn()
-        except FerryError as error:
-            self._condition = Condition("failed", str(error))
+        except Exception as error:
+            if self._condition.state != "closed":
+                self._condition = Condition("failed", str(error))
             raise
         self._condition = Condition("ready")
         self._keeper = asyncio.create_task(self._keep(reader))
@@ -120,10 +122,15 @@ class ChildEngine:
         finally:
             theirs.close()
         self._watch = Watch(self._process, self._silence_s)
-        reader, self._writer = await asyncio.open_connection(sock=ours)
         try:
+            reader, self._writer = await asyncio.open_connection(sock=ours)
+            self._check_open()
             self._writer.write(messages.frame("settings", messages.settings_to_json(self._settings)))
             kind, content = await self._read(reader)
+            if kind == "failed":
+                raise messages.error_from_json(content)
+            info = messages.info_from_json(content)
+            self._check_open()
         except (EOFError, OSError):
             end = await self._bury()
             raise UnavailableError(
@@ -131,23 +138,20 @@ class ChildEngine:
                 code="engine.start",
                 repair=self._where_to_look(end),
             ) from None
-        except asyncio.CancelledError:
+        except BaseException:
             await self._bury()
             raise
-        if kind == "failed":
-            await self._bury()
-            raise messages.error_from_json(content)
-        self._info = messages.info_from_json(content)
+        self._info = info
         return reader
 
     async def _fork(self, theirs: socket.socket) -> Process:
-        with ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             log = None
             if self._settings.log_file is not None:
                 self._settings.log_file.parent.mkdir(parents=True, exist_ok=True)
                 log = stack.enter_context(open(self._settings.log_file, "ab"))
             return await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "ferry.engines.native.child", str(theirs.fileno()),
+                *module_words("ferry.engines.native.child"), str(theirs.fileno()),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(theirs.fileno(),),
                 env={**QUIET_THREADS, **os.environ}, start_new_session=True,
             )  # fmt: skip
@@ -157,13 +161,18 @@ class ChildEngine:
         loop = asyncio.get_running_loop()
         born_s, num_deaths = loop.time(), 0
         while True:
+            said = ""
             try:
                 await self._hand_out(reader)
-            except (EOFError, OSError, ValueError):
+            except (EOFError, OSError):
                 end = await self._bury()
+            except Exception as error:  # noqa: BLE001 - a death like another
+                # Whoever waits must not wait for a child that cannot be understood.
+                said = f"what it said cannot be read: {type(error).__name__}: {error}; "
+                end = await self._bury(kill=True)
             if loop.time() - born_s > WELL_AFTER_S:
                 num_deaths = 0
-            reason = f"the engine's process ended ({end})"
+            reason = f"the engine's process ended ({said}{end})"
             self._condition = Condition("restarting", reason, self._condition.num_restarts + 1, reason)
             self._end_all([_lost(name, f"{reason}; it is started again") for name in self._waiting])
             started = None
@@ -180,7 +189,7 @@ class ChildEngine:
     async def _try_again(self) -> asyncio.StreamReader | None:
         try:
             return await self._spawn()
-        except (FerryError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - it is told, and tried again
             self._condition = self._condition._replace(reason=str(error))
             return None
 
@@ -188,7 +197,7 @@ class ChildEngine:
         """Give outputs to who waits for them, until the child is gone."""
         while True:
             _, (outputs, stats) = await self._read(reader)
-            self._stats = _sum(self._before, messages.stats_from_json(stats))
+            self._stats = added(self._before, messages.stats_from_json(stats))
             for output in messages.outputs_from_json(outputs):
                 arrived = self._waiting.get(output.request_id)
                 if arrived is not None:
@@ -204,23 +213,27 @@ class ChildEngine:
             if kind != messages.ALIVE:
                 return kind, content
 
-    async def _bury(self) -> str:
-        """See that the child has ended, and return how."""
-        self._before = self._stats = self._stats._replace(num_running=0, num_waiting=0, kv_used=0.0)
+    async def _bury(self, *, kill: bool = False) -> str:
+        """See that the child has ended, and return how. What is closed while it starts comes here twice."""
+        process, self._process = self._process, None
+        watch, self._watch = self._watch, None
+        self._before = self._stats = without_gauges(self._stats)
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        if self._process is None or self._watch is None:
+        if process is None or watch is None:
             return "it was gone"
-        self._watch.end()
+        watch.end()
         try:
-            await asyncio.wait_for(self._process.wait(), ENDING_S)
-        except asyncio.TimeoutError:
-            self._process.kill()
-            await self._process.wait()
-        status = self._process.returncode or 0
-        self._process = None
-        if self._watch.has_ended_it:
+            await asyncio.wait_for(process.wait(), 0 if kill else ENDING_S)
+        except (asyncio.TimeoutError, asyncio.CancelledError) as error:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            if isinstance(error, asyncio.CancelledError):
+                raise  # nobody comes back for it
+            await process.wait()
+        status = process.returncode or 0
+        if watch.has_ended_it:
             return f"it hung: for {self._silence_s:g} s there was no sign of life"
         return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
@@ -228,18 +241,15 @@ class ChildEngine:
         for output in outputs:
             self._waiting[output.request_id].put_nowait(output)
 
+    def _check_open(self) -> None:
+        if self._condition.state == "closed":
+            raise UnavailableError("the engine was closed while it started", code="engine.closed")
+
     def _where_to_look(self, end: str) -> str:
         where = f"see {self._settings.log_file}" if self._settings.log_file is not None else "see what it wrote above"
         if signal.SIGKILL.name in end:
             return f"{where}; a kill from outside mostly means that memory ran out: use a smaller or quantized model"
         return where
-
-
-def _sum(before: Stats, now: Stats) -> Stats:
-    """Return gauges as they are now, and counters added to those before."""
-    gauges = ("num_running", "num_waiting", "kv_used")
-    counters = {name: value + getattr(before, name) for name, value in now._asdict().items() if name not in gauges}
-    return now._replace(**counters)
 
 
 def _lost(request_id: str, message: str) -> Output:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ferry.core import errors
 from ferry.core.errors import FerryError, UnavailableError
+from ferry.core.interpreter import module_words
 from ferry.core.progress import Reporter
 from ferry.engines import leash
 from ferry.verbs.chat.client import Server
@@ -31,8 +32,8 @@ def served(model: Path, words: str, reporter: Reporter) -> Iterator[Server]:
         said, log = Path(folder, "said"), Path(folder, "log")
         port = _free_port()
         where = ["--host", "127.0.0.1", "--port", str(port), "--drain-timeout", "0"]
-        command = [sys.executable, "-m", "ferry", "serve", str(model), "--json", *where, *shlex.split(words)]
-        leashed = [sys.executable, leash.__file__, *command]
+        command = [*module_words("ferry"), "serve", str(model), "--json", *where, *shlex.split(words)]
+        leashed = [sys.executable, "-I", "-S", leash.__file__, *command]
         with open(said, "wb") as stdout, open(log, "wb") as stderr:
             # In a session of its own: Ctrl-C is for the answer, not for the server.
             child = subprocess.Popen(

@@ -115,7 +115,7 @@ class ServeConfig(VerbConfig):
         "(engine native).",
     )
     max_queue: int = option(
-        256, ge=0, unit="requests", help="Requests that may wait; more are told to come back (429)."
+        256, ge=0, unit="answers", help="Answers that may wait; further requests are told to come back (429)."
     )
     drain_timeout: float = option(
         30.0, ge=0, unit="s", help="Time that running answers get to finish when the server is stopped."

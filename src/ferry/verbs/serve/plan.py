@@ -7,6 +7,7 @@ import errno
 import socket
 from contextlib import ExitStack
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from ferry.engines.model_facts import ModelFacts, read_facts
 from ferry.engines.preflight import Memory, check_model, compute_dtype, plan_memory
 from ferry.verbs.serve.config import ServeConfig, settings_of
 
-LOCAL = ("127.0.0.1", "::1", "localhost")
+LOCAL = ("localhost", "127.0.0.1", "::1")
 OPEN_TO_OTHERS = 0o077
 
 
@@ -142,6 +143,13 @@ def listening_socket(host: str, port: int) -> socket.socket:
         raise _no_port(host, port, error) from None
 
 
+def trusted_hosts(config: ServeConfig) -> tuple[str, ...]:
+    """Return the hosts that requests may name: those of this machine where only it is listened to, without a key."""
+    if config.api_key_file is not None or not _is_local(config.host):
+        return ()
+    return tuple(dict.fromkeys((*LOCAL, config.host.lower())))
+
+
 def read_keys(path: Path) -> tuple[str, ...]:
     """Return the keys of an --api-key-file: one a line, blank lines and lines that begin with # left out."""
     lines = [line.strip() for line in _read(path, "key file", "serve.keys").splitlines()]
@@ -180,9 +188,16 @@ def _reachable(config: ServeConfig) -> tuple[str, ...]:
         is_open = config.api_key_file.stat().st_mode & OPEN_TO_OTHERS
         warning = (f"{config.api_key_file} can be read by other users: chmod 600 it",) if is_open else ()
         return (f"requests must bring one of {len(keys)} keys", *warning)
-    if config.host in LOCAL:
+    if _is_local(config.host):
         return ()
     return (f"whoever reaches {config.host} can ask, without a key: --api-key-file FILE changes that",)
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return host.lower() in LOCAL or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _read(path: Path, what: str, code: str) -> str:

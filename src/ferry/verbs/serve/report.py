@@ -15,7 +15,12 @@ def report(result: Result) -> str:
     lines.append(f"  answers   {result['answers']:,}, of them {result['guided_answers']:,} under a constraint")
     lines.append(f"  tokens    {result['prompt_tokens']:,} read, {result['generated_tokens']:,} written")
     if result["rejections"]:
-        lines.append(f"  refused   {result['rejections']:,} requests that could not be let in")
+        lines.append(f"  refused   {counted(result['rejections'], 'request')} that could not be let in")
     if result["cut_off"]:
-        lines.append(f"  cut off   {result['cut_off']} requests that were not done in time")
+        lines.append(f"  cut off   {counted(result['cut_off'], 'request')} not done in time")
     return "\n".join(lines) + "\n"
+
+
+def counted(number: int, thing: str) -> str:
+    """Return `1 request`, `2 requests`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from ferry.core.progress import Reporter
 from ferry.core.units import duration_text, size_text
 from ferry.core.verb import Result
+from ferry.engines.vocabulary import check_tokenizer
 from ferry.verbs.serve.config import ServeConfig
-from ferry.verbs.serve.plan import Prepared, listening_socket, prepare, read_keys
+from ferry.verbs.serve.plan import Prepared, listening_socket, prepare, read_keys, trusted_hosts
+from ferry.verbs.serve.report import counted
 
 if TYPE_CHECKING:
     from ferry.engines.engine import Engine
@@ -30,6 +32,8 @@ def run(config: ServeConfig, reporter: Reporter) -> Result:
     """Serve until a signal comes; return what happened."""
     begun_s = time.monotonic()
     prepared = prepare(config)
+    if config.path.is_dir():
+        check_tokenizer(config.path)
     for note in prepared.notes:
         reporter.event("chosen", choice=note)
         reporter.say(note)
@@ -111,6 +115,7 @@ def _http_settings(config: ServeConfig) -> HttpSettings:
         names=config.names,
         shown_names=config.served_model_name or config.names[:1],
         api_keys=read_keys(config.api_key_file) if config.api_key_file else (),
+        trusted_hosts=trusted_hosts(config),
         max_queue=config.max_queue,
         max_num_seqs=config.max_num_seqs,
         max_body_bytes=config.limits.max_body_bytes,
@@ -137,14 +142,23 @@ def _lines(served: Served, name: str, fields: Mapping[str, Any]) -> list[str]:
     if name == "ready":
         return _ready_lines(served, fields["seconds"])
     if name == "stopping":
-        return [f"stopping: {fields['requests']} requests may take {fields['drain_timeout_s']:g} s more"]
+        return [f"stopping: {counted(fields['requests'], 'request')} may take {fields['drain_timeout_s']:g} s more"]
     if name == "engine died":
         return [f"the engine died: {fields['reason']}; restart {fields['restart']} begins"]
     if name == "engine ready again":
         return [f"the engine is ready again after {duration_text(fields['seconds'])} (restart {fields['restart']})"]
     if name in SAID:
-        return [f"{name}: " + " ".join(f"{key}={value}" for key, value in fields.items())]
+        return [f"{name}: " + " ".join(f"{key}={_visible(key, value)}" for key, value in fields.items())]
     return []
+
+
+def _visible(key: str, value: Any) -> str:
+    """Return a value as part of a line: what a client sent can neither begin a line nor steer a terminal."""
+    kept = "\n" if key == "traceback" else ""
+    return "".join(
+        letter if letter.isprintable() or letter in kept else letter.encode("unicode_escape").decode("ascii")
+        for letter in str(value)
+    )
 
 
 def _ready_lines(served: Served, seconds: float) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -19,7 +20,8 @@ from ferry.verbs.serve.http.served import Served
 from ferry.verbs.serve.http.tools import tools_of
 
 STATS_TIMEOUT_S = 2.0
-MAX_TOKENS = 1_000_000
+MAX_TOKENS = 131_072
+"""Tokens that are made, or made text of, at once, unless the model takes more."""
 JsonObject = dict[str, Any]
 
 
@@ -79,17 +81,18 @@ async def tokenize(served: Served, request: HttpRequest) -> Response:
         chat = understand(ChatBody, given)
         served.name_of(chat.model)
         text = prompt_of(served.model, chat, tools_of(chat, served.model))
-        special = chat.add_special_tokens
+        param, special = "messages", chat.add_special_tokens
     else:
         body = understand(CompletionBody, given)
         served.name_of(body.model)
         if not isinstance(body.prompt, str):
             raise wrong("prompt", "prompt is a list, expected a text")
-        text, special = body.prompt, body.add_special_tokens
-    ids = await served.encode(text, add_special_tokens=special)
+        text, param, special = body.prompt, "prompt", body.add_special_tokens
+    (ids,) = await served.encode([text], add_special_tokens=special, most_tokens=None, param=param)
+    _check_count(served, len(ids), param)
     answer: JsonObject = {"count": len(ids), "max_model_len": _max_model_len(served), "tokens": ids}
     if with_texts:
-        answer["token_strs"] = [served.model.decode([one], skip_special_tokens=False) for one in ids]
+        answer["token_strs"] = await asyncio.to_thread(_texts, served, ids)
     return answer_json(answer)
 
 
@@ -99,15 +102,26 @@ async def detokenize(served: Served, request: HttpRequest) -> Response:
     tokens = given.get("tokens")
     if tokens is None:
         raise wrong("tokens", "tokens is missing", code="request.missing")
-    if not isinstance(tokens, list) or not all(type(one) is int and one >= 0 for one in tokens):
+    if not isinstance(tokens, list):
         raise wrong("tokens", "tokens is no list of token ids")
-    if len(tokens) > MAX_TOKENS:
-        raise wrong("tokens", f"there are {len(tokens):,} tokens, more than {MAX_TOKENS:,}")
+    _check_count(served, len(tokens), "tokens")
+    if not all(type(one) is int and one >= 0 for one in tokens):
+        raise wrong("tokens", "tokens is no list of token ids")
     highest = served.model.vocabulary.num_tokens
     outside = next((one for one in tokens if one >= highest), None)
     if outside is not None:
         raise wrong("tokens", f"token id {outside} is not one of the {highest:,} of this model")
-    return answer_json({"prompt": served.model.decode(tokens, skip_special_tokens=False)})
+    return answer_json({"prompt": await asyncio.to_thread(served.model.decode, tokens, False)})
+
+
+def _check_count(served: Served, num_tokens: int, param: str) -> None:
+    most = max(MAX_TOKENS, _max_model_len(served) or 0)
+    if num_tokens > most:
+        raise wrong(param, f"there are {num_tokens:,} tokens, more than {most:,}", repair="send the text in parts")
+
+
+def _texts(served: Served, ids: Sequence[int]) -> list[str]:
+    return [served.model.decode([one], skip_special_tokens=False) for one in ids]
 
 
 def _model(served: Served, name: str) -> JsonObject:

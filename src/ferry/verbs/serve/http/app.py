@@ -41,11 +41,12 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
 def make_app(served: Served) -> ASGIApp:
     """Return the application that serves a model."""
     # The pages of documentation that FastAPI makes load their scripts from elsewhere: this server needs no network.
-    app = FastAPI(title="Ferry", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="Ferry", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     for method, path, handler in ROUTES:
-        app.add_api_route(path, _endpoint(served, handler), methods=[method], response_model=None, name=path)
+        methods = ["GET", "HEAD"] if method == "GET" else [method]
+        app.add_api_route(path, _endpoint(served, handler), methods=methods, response_model=None, name=path)
     for path, file in page_files().items():
-        app.add_api_route(path, _page(file), methods=["GET"], response_model=None, name=path)
+        app.add_api_route(path, _page(file), methods=["GET", "HEAD"], response_model=None, name=path)
     app.add_exception_handler(HTTPException, _unrouted)
     return Border(app, served)
 

@@ -20,7 +20,8 @@ MAX_CHOICES = 128
 MAX_STOPS = 4
 MAX_STOP = 1000
 """Characters of a stop text."""
-MAX_PROMPTS = 2048
+MAX_ANSWERS = 256
+"""Answers that one request can ask for: prompts, times `n`."""
 NOT_DONE = {
     "suffix": "put the text after the gap into the prompt, as the model was trained to read it",
     "use_beam_search": "ask for n answers and choose among them",

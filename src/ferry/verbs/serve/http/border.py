@@ -1,4 +1,8 @@
-"""The border of the server, around all routes: request ids, keys, one shape for every error, and counting."""
+"""The border of the server, around all routes: request ids, keys, one shape for every error, and counting.
+
+A browser reaches servers of its own machine for any page that it shows. So a server without keys that others cannot
+reach answers only requests that are sent to a name of this machine, and not for pages from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import hmac
 import re
 import uuid
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
@@ -53,6 +58,7 @@ class Border:
 
         try:
             self._check_key(scope["path"], headers)
+            self._check_hosts(scope["path"], headers)
             await self._app(scope, receive, send_marked)
         except ClientGoneError:
             status = CLIENT_GONE
@@ -65,7 +71,7 @@ class Border:
             self._count(scope, status, request_id, self._served.measures.clock() - begun_s)
 
     def _check_key(self, path: str, headers: Headers) -> None:
-        if not self._keys or path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
+        if not self._keys or _is_open(path):
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = _digest(key.strip()) if scheme.lower() == "bearer" else b""
@@ -79,6 +85,19 @@ class Border:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
+    def _check_hosts(self, path: str, headers: Headers) -> None:
+        trusted = self._served.settings.trusted_hosts
+        if not trusted or _is_open(path):
+            return
+        repair = f"use http://{trusted[0]}, or start the server with --api-key-file FILE: then a key is enough"
+        host, origin = headers.get("host", ""), headers.get("origin", "")
+        if host and _host_of(f"//{host}") not in trusted:
+            message = f"the request is sent to {host[:100]!r}, which is no name of this server"
+            raise ApiError(403, message, code="request.host", repair=repair)
+        if origin and _host_of(origin) not in trusted:
+            message = f"a page from {origin[:100]!r} may not ask this server"
+            raise ApiError(403, message, code="request.origin", repair=repair)
+
     def _count(self, scope: Scope, status: int, request_id: str, seconds: float) -> None:
         route = scope.get("route")
         name = str(getattr(route, "path", "")) or "unknown"
@@ -91,6 +110,18 @@ class Border:
 def error_answer(error: ApiError, request_id: str) -> Response:
     """Return an error as the answer to a request."""
     return answer_json(body_of(error, request_id), error.status, error.headers)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+
+
+def _host_of(url: str) -> str:
+    """Return the host of an address without its port; "" if it has none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _digest(key: str) -> bytes:

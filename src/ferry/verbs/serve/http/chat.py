@@ -24,7 +24,7 @@ from ferry.verbs.serve.http.sampling import fitted, max_tokens_of, sampling_of
 from ferry.verbs.serve.http.served import Served, new_id
 from ferry.verbs.serve.http.streaming import Writer, stream
 from ferry.verbs.serve.http.tool_formats import Call, CallReader, marks_of
-from ferry.verbs.serve.http.tools import Tools, calls_in, tools_of
+from ferry.verbs.serve.http.tools import CallList, Tools, tools_of
 
 JsonObject = dict[str, Any]
 
@@ -48,8 +48,7 @@ async def chat(served: Served, request: HttpRequest) -> Response:
     given = await read_object(request, served.settings.max_body_bytes)
     job = await while_connected(request, understood(served, given))
     usage = Usage(len(job.asked[0].request.prompt_ids), job.body.n)
-    served.measures.prompt_tokens.add(amount=usage.num_prompt)
-    pieces = served.run(job.asked, came_s)
+    pieces = served.run(job.asked, came_s, usage.num_prompt)
     if job.body.stream:
         return await stream(served, request, pieces, _ChatWriter(job), usage)
     wholes = await while_connected(request, gather(pieces, len(job.asked), usage))
@@ -85,7 +84,10 @@ async def understood(served: Served, given: JsonObject) -> Job:
     limits = served.limits
     compiled = await served.compiled(tools.constraint or constraint)
     text = prompt_of(served.model, body, tools)
-    ids = fitted(await served.encode(text, add_special_tokens=body.add_special_tokens), body, limits, "messages")
+    most_tokens = limits.max_model_len if body.truncate_prompt_tokens is None else None
+    special = body.add_special_tokens
+    (found,) = await served.encode([text], add_special_tokens=special, most_tokens=most_tokens, param="messages")
+    ids = fitted(found, body, limits, "messages")
     default = served.default_sampling.get("max_new_tokens")
     most = max_tokens_of(asked_max, int(default) if default else None, len(ids), limits, param)
     num_top = (body.top_logprobs or 0) if body.logprobs else None
@@ -111,8 +113,10 @@ def _choice(job: Job, whole: Whole, index: int) -> JsonObject:
         reader = CallReader(job.tools.form, only_one=job.tools.only_one)
         first, rest = reader.add(text), reader.finish()
         text, calls = first.text + rest.text, (*first.calls, *rest.calls)
-    elif job.tools.mode in ("required", "named"):
-        text, calls = "", tuple(calls_in(text, job.tools))
+    elif job.tools.mode == "named":
+        text, calls = "", (Call(job.tools.name, text),)
+    elif job.tools.mode == "required":
+        text, calls = "", tuple(CallList().add(text))
     message: JsonObject = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
     if calls:
         message["tool_calls"] = [_call_json(call) for call in calls]
@@ -189,7 +193,7 @@ class _Answer:
     def __init__(self, job: Job) -> None:
         self._tools = job.tools
         self._reader = CallReader(job.tools.form, only_one=job.tools.only_one) if job.tools.form else None
-        self._text = ""
+        self._list = CallList()
         self.num_calls = 0
 
     def deltas(self, piece: Piece) -> list[JsonObject]:
@@ -205,8 +209,7 @@ class _Answer:
             function = {"arguments": piece.text}
             return [{"tool_calls": [{"index": 0, "function": function}]}] if piece.text else []
         if self._tools.mode == "required":
-            self._text += piece.text
-            return [self._call(call) for call in calls_in(self._text, self._tools)[self.num_calls :]]
+            return [self._call(call) for call in self._list.add(piece.text)]
         return [{"content": piece.text}] if piece.text else []
 
     def _call(self, call: Call) -> JsonObject:

@@ -14,7 +14,7 @@ from ferry.guided.compiling import Compiled
 from ferry.guided.request import constraint_of
 from ferry.verbs.serve.http import logprobs as shown
 from ferry.verbs.serve.http.answering import Asked, Piece, Token
-from ferry.verbs.serve.http.bodies import MAX_PROMPTS, CompletionBody, understand, warnings_of
+from ferry.verbs.serve.http.bodies import MAX_ANSWERS, CompletionBody, understand, warnings_of
 from ferry.verbs.serve.http.errors import wrong
 from ferry.verbs.serve.http.events import answer_json, while_connected
 from ferry.verbs.serve.http.gathering import Usage, Whole, gather, guided_json, head_of, warned
@@ -47,8 +47,7 @@ async def completions(served: Served, request: HttpRequest) -> Response:
     given = await read_object(request, served.settings.max_body_bytes)
     job = await while_connected(request, understood(served, given))
     usage = Usage(sum(map(len, job.prompts)), job.body.n)
-    served.measures.prompt_tokens.add(amount=usage.num_prompt)
-    pieces = served.run(job.asked, came_s)
+    pieces = served.run(job.asked, came_s, usage.num_prompt)
     if job.body.stream:
         return await stream(served, request, pieces, _CompletionWriter(served, job), usage)
     wholes = await while_connected(request, gather(pieces, len(job.asked), usage))
@@ -66,10 +65,11 @@ async def understood(served: Served, given: JsonObject) -> Job:
     is_only_echo = body.echo and body.max_tokens == 0
     if body.max_tokens == 0 and not is_only_echo:
         raise wrong("max_tokens", "max_tokens is 0, expected at least 1", repair="0 is for echo only")
+    given_prompts = _prompts(body)
     served.check_open()
     compiled = await served.compiled(constraint)
     limits = served.limits
-    prompts = tuple([fitted(ids, body, limits, "prompt") for ids in await _tokens(served, body)])
+    prompts = tuple([fitted(ids, body, limits, "prompt") for ids in await _tokens(served, body, given_prompts)])
     identity, number = new_id("cmpl"), served.next_number()
     asked: list[Asked] = []
     for ids in prompts:
@@ -99,21 +99,29 @@ def asked_of(body: Any, request: Request, index: int, compiled: Compiled | None)
     )
 
 
-async def _tokens(served: Served, body: CompletionBody) -> list[Sequence[int]]:
-    """Return each prompt as tokens."""
-    given = body.prompt
-    if isinstance(given, str):
-        given = [given]
+def _prompts(body: CompletionBody) -> list[Any]:
+    """Return the prompts of a body, each a text or tokens."""
+    given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     if not given:
         raise wrong("prompt", "prompt is an empty list, expected a text or tokens")
-    if isinstance(given[0], int):
-        return [given]
-    if len(given) > MAX_PROMPTS:
-        raise wrong("prompt", f"prompt has {len(given):,} prompts, more than {MAX_PROMPTS:,}")
-    return [
-        await served.encode(one, add_special_tokens=body.add_special_tokens) if isinstance(one, str) else one
-        for one in given
-    ]
+    found: list[Any] = [given] if isinstance(given[0], int) else list(given)
+    if len(found) * body.n > MAX_ANSWERS:
+        raise wrong(
+            "prompt",
+            f"{len(found):,} prompts with n={body.n} are {len(found) * body.n:,} answers, more than the {MAX_ANSWERS} "
+            "that one request may ask for",
+            repair="send them in several requests",
+        )
+    return found
+
+
+async def _tokens(served: Served, body: CompletionBody, prompts: list[Any]) -> list[Sequence[int]]:
+    """Return each prompt as tokens."""
+    if not isinstance(prompts[0], str):
+        return prompts
+    most_tokens = served.limits.max_model_len if body.truncate_prompt_tokens is None else None
+    special = body.add_special_tokens
+    return [*await served.encode(prompts, add_special_tokens=special, most_tokens=most_tokens, param="prompt")]
 
 
 def _choice(served: Served, job: Job, whole: Whole, index: int) -> JsonObject:

@@ -1,7 +1,7 @@
 """Who may come in, and when: a bounded queue before the engine, and a door that closes when the server ends.
 
-A *place* is room for one answer in the engine. A request waits while it has no place for any of its answers. When too
-many wait, the next one is told to come back; so no client waits for hours, and memory stays bounded.
+A *place* is room for one answer in the engine. Answers wait for theirs; a request of many answers is many that wait.
+When too many wait, the next request is told to come back; so no client waits for hours, and memory stays bounded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_RETRY_AFTER_S = 60
 
 
 class Gate:
-    """Counts requests that run and wait, in one event loop."""
+    """Counts requests that are inside, and answers that wait, in one event loop."""
 
     def __init__(self, num_places: int, max_waiting: int) -> None:
         self._places = asyncio.Semaphore(num_places)
@@ -37,18 +37,18 @@ class Gate:
         if self._places.locked() and self.num_waiting >= self._max_waiting:
             raise busy(
                 429,
-                f"{self.num_waiting} requests are waiting, which is as many as may (max_queue)",
+                f"as many answers as may are waiting (max_queue={self._max_waiting})",
                 code="rate_limit_exceeded",
                 retry_after_s=self._retry_after_s(),
             )
 
     @asynccontextmanager
-    async def visit(self, waited: Callable[[float], None]) -> AsyncIterator[Visit]:
+    async def visit(self, num_answers: int, waited: Callable[[float], None]) -> AsyncIterator[Visit]:
         """Be a request that is inside; `waited` is told the seconds until it had its first place."""
         self.check()
-        visit = Visit(self, waited)
+        visit = Visit(self, num_answers, waited)
         self.num_inside += 1
-        self.num_waiting += 1
+        self.num_waiting += num_answers
         self._empty.clear()
         try:
             yield visit
@@ -79,19 +79,21 @@ class Gate:
 class Visit:
     """A request that is inside."""
 
-    def __init__(self, gate: Gate, waited: Callable[[float], None]) -> None:
+    def __init__(self, gate: Gate, num_answers: int, waited: Callable[[float], None]) -> None:
         self._gate = gate
+        self._num_waiting = num_answers
         self._waited = waited
         self._came_s = time.monotonic()
-        self._is_waiting = True
+        self._has_waited = False
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
         """Have room for one answer, in the order of asking."""
         async with self._gate._places:
-            if self._is_waiting:
+            if not self._has_waited:
+                self._has_waited = True
                 self._waited(time.monotonic() - self._came_s)
-            self.end_waiting()
+            self._leave_queue(1)
             begun_s = time.monotonic()
             try:
                 yield
@@ -99,7 +101,9 @@ class Visit:
                 self._gate._mean_s += 0.1 * (time.monotonic() - begun_s - self._gate._mean_s)
 
     def end_waiting(self) -> None:
-        """Be no longer one of those who wait."""
-        if self._is_waiting:
-            self._is_waiting = False
-            self._gate.num_waiting -= 1
+        """Have no answers any more that wait."""
+        self._leave_queue(self._num_waiting)
+
+    def _leave_queue(self, num_answers: int) -> None:
+        self._num_waiting -= num_answers
+        self._gate.num_waiting -= num_answers

@@ -58,7 +58,7 @@ def _seconds(name: str, help: str) -> Histogram:
 
 def _of_gate(gate: Gate) -> list[Gauge]:
     return [
-        Gauge("ferry_requests_waiting", "Requests without a place in the engine.", gate.num_waiting),
+        Gauge("ferry_requests_waiting", "Answers without a place in the engine.", gate.num_waiting),
         Gauge("ferry_requests_inside", "Requests that wait or run.", gate.num_inside),
     ]
 

@@ -10,6 +10,8 @@ from ferry.verbs.serve.http.bodies import Asking
 from ferry.verbs.serve.http.errors import ApiError, wrong
 
 CONTEXT_CODE = "context_length_exceeded"
+MAX_DIGITS = 10
+"""Digits of a token id."""
 
 
 class Limits(NamedTuple):
@@ -62,14 +64,19 @@ def fitted(ids: Sequence[int], body: Asking, limits: Limits, param: str) -> tupl
         most = limits.max_model_len - 1
         ids = ids[-(most if keep == -1 else min(keep, most) or 1) :]
     if len(ids) >= limits.max_model_len:
-        raise ApiError(
-            400,
-            f"the prompt has {len(ids):,} tokens; prompt and answer together may have {limits.max_model_len:,}",
-            param=param,
-            code=CONTEXT_CODE,
-            repair="shorten the prompt, or set truncate_prompt_tokens",
-        )
+        raise too_long(f"{len(ids):,} tokens", limits.max_model_len, param)
     return tuple(ids)
+
+
+def too_long(found: str, max_model_len: int, param: str) -> ApiError:
+    """Return the error for a prompt that is longer than the model's context."""
+    return ApiError(
+        400,
+        f"the prompt has {found}; prompt and answer together may have {max_model_len:,}",
+        param=param,
+        code=CONTEXT_CODE,
+        repair="shorten the prompt, or set truncate_prompt_tokens",
+    )
 
 
 def max_tokens_of(asked: int | None, default: int | None, num_prompt: int, limits: Limits, param: str) -> int:
@@ -92,8 +99,8 @@ def max_tokens_of(asked: int | None, default: int | None, num_prompt: int, limit
 def _bias(given: Mapping[str, float], limits: Limits) -> dict[int, float]:
     found = {}
     for name, value in given.items():
-        if not (name.isascii() and name.isdigit()):
-            raise wrong("logit_bias", f"logit_bias has the key {name!r}, expected a token id")
+        if not (name.isascii() and name.isdigit()) or len(name) > MAX_DIGITS:
+            raise wrong("logit_bias", f"logit_bias has the key {name[:40]!r}, expected a token id")
         _check_token(int(name), limits, "logit_bias")
         found[int(name)] = float(value)
     return found

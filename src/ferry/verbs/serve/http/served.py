@@ -18,11 +18,11 @@ from ferry.verbs.serve.http.answering import Asked, Piece, answer, closing, toge
 from ferry.verbs.serve.http.errors import ApiError, as_api_error, busy
 from ferry.verbs.serve.http.gate import Gate
 from ferry.verbs.serve.http.measures import Measures
-from ferry.verbs.serve.http.sampling import Limits
+from ferry.verbs.serve.http.sampling import Limits, too_long
 
-COMPILING_THREADS = 2
+COMPILING_THREADS = 4
 LONG_TEXT = 20_000
-"""Characters from which on a text is made tokens of on a thread."""
+"""Characters from which on texts are made tokens of on a thread."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class HttpSettings:
     shown_names: tuple[str, ...]
     """Those of them that are shown; never a path of this machine."""
     api_keys: tuple[str, ...] = ()
+    trusted_hosts: tuple[str, ...] = ()
+    """Hosts that requests may be sent to, and the pages they may come from; none: any."""
     max_queue: int = 256
     max_num_seqs: int = 64
     spare_places: int = 8
@@ -128,20 +130,36 @@ class Served:
         self.measures.compiling.observe(self.measures.clock() - begun_s)
         return compiled
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Return the tokens of a text; of a long one without stopping the others."""
-        if len(text) < LONG_TEXT:
-            return self.model.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.model.encode, text, add_special_tokens)
+    async def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool, most_tokens: int | None, param: str
+    ) -> list[list[int]]:
+        """Return the tokens of some texts; of much text without stopping the others.
 
-    async def run(self, wanted: Sequence[Asked], came_s: float) -> AsyncIterator[Piece]:
+        One that could not be of `most_tokens`, whatever its tokens are, is refused at once.
+        """
+        if sum(map(len, texts)) < LONG_TEXT:
+            return [self.model.encode(text, add_special_tokens) for text in texts]
+        return await asyncio.to_thread(self._encode, texts, add_special_tokens, most_tokens, param)
+
+    def _encode(
+        self, texts: Sequence[str], add_special_tokens: bool, most_tokens: int | None, param: str
+    ) -> list[list[int]]:
+        longest_bytes = self.model.vocabulary.longest_bytes
+        if most_tokens is not None and longest_bytes:
+            size = max(len(text.encode("utf-8")) for text in texts)
+            if size > most_tokens * longest_bytes:
+                raise too_long(f"at least {-(-size // longest_bytes):,} tokens", most_tokens, param)
+        return self.model.encode_all(texts, add_special_tokens)
+
+    async def run(self, wanted: Sequence[Asked], came_s: float, num_prompt_tokens: int) -> AsyncIterator[Piece]:
         """Return what is new of any of the answers of one request, from its coming in on."""
         self.check_open()  # the queue may have filled while the request was understood
         num_open = len(wanted)
         answers = [answer(self.engine, self.model, asked, self.measures, came_s) for asked in wanted]
         timeout_s = self.settings.request_timeout_s
         try:
-            async with self.gate.visit(self.measures.queue.observe) as visit:
+            async with self.gate.visit(len(wanted), self.measures.queue.observe) as visit:
+                self.measures.prompt_tokens.add(amount=num_prompt_tokens)
                 pieces = together(visit, answers)
                 async with closing(pieces if timeout_s is None else _in_time(pieces, came_s + timeout_s)) as found:
                     async for piece in found:

@@ -73,19 +73,29 @@ def tools_of(body: ChatBody, model: TextModel) -> Tools:
     return Tools("auto", shown, form=form, constraint=_strict(functions, form, model.vocabulary), only_one=only_one)
 
 
-def calls_in(text: str, tools: Tools) -> list[Call]:
-    """Return the calls in the JSON of a constrained answer; of one that was cut off, those that are whole."""
-    if tools.mode == "named":
-        return [Call(tools.name, text)]
-    calls, at, decoder = [], text.find("[") + 1, json.JSONDecoder()
-    while 0 < at < len(text):
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except ValueError:
-            break
-        calls.append(Call(value["name"], _json(value["parameters"])))
-        at = text.find("{", end)
-    return calls
+class CallList:
+    """Reads the list of calls that an answer under `required` is, while it comes."""
+
+    def __init__(self) -> None:
+        self._rest = ""
+        """What came after the last whole call."""
+        self._decoder = json.JSONDecoder()
+
+    def add(self, text: str) -> list[Call]:
+        """Return the calls that a further part of the text makes whole."""
+        self._rest += text
+        calls: list[Call] = []
+        # A call ends with a brace: parts without one need no look.
+        if "}" not in text:
+            return calls
+        while (at := self._rest.find("{")) >= 0:
+            try:
+                value, end = self._decoder.raw_decode(self._rest, at)
+            except ValueError:
+                break
+            calls.append(Call(value["name"], _json(value["parameters"])))
+            self._rest = self._rest[end:]
+        return calls
 
 
 def _functions(tools: list[JsonObject]) -> dict[str, JsonObject]:

@@ -12,12 +12,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ferry.core.interpreter import module_words
 from ferry.verbs.train.crew.channel import Channel, wait_for_any
 from ferry.verbs.train.crew.spec import CrewSpec, Failure, Outcome
 
@@ -44,7 +44,7 @@ def launch(spec: CrewSpec, on_event: OnEvent) -> Outcome:
         (folder / "spec.json").write_text(json.dumps(spec.to_json()), encoding="utf-8")
         with _supervisor_log(spec) as log:
             process = subprocess.Popen(
-                [*_python(), "-m", "ferry.verbs.train.crew", str(folder / "spec.json"), str(theirs.fileno())],
+                [*module_words("ferry.verbs.train.crew", "-u"), str(folder / "spec.json"), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
@@ -96,11 +96,6 @@ def _listen(
     how = f"killed by signal {-exit_code}" if exit_code < 0 else f"ended with exit status {exit_code}"
     failure = Failure("train.supervisor-lost", f"the supervisor was {how}", f"see {log}; start again to resume")
     return Outcome("failed", failure=failure)
-
-
-def _python() -> list[str]:
-    """Return an interpreter that does not import from the working directory, and does not keep output back."""
-    return [sys.executable, "-u", *(["-P"] if sys.version_info >= (3, 11) else [])]
 
 
 def _supervisor_log_path(spec: CrewSpec) -> Path:
