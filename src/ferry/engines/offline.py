@@ -149,6 +149,12 @@ class LLM:
     ) -> list[RequestOutput]:
         """Return the model's next message in one conversation or in several."""
         is_one = bool(messages) and isinstance(messages[0], Mapping)
+        if isinstance(messages, str) or any(isinstance(each, str) for each in messages):
+            raise InputError(
+                "messages are text, expected a list of messages",
+                code="offline.messages",
+                repair='give [{"role": "user", "content": "..."}], or use generate() for plain text',
+            )
         several: Any = [messages] if is_one else messages
         read: list[tuple[str | None, list[int]]] = []
         for conversation in several:

@@ -15,6 +15,7 @@ from ferry.engines.engine import EngineSettings
 from ferry.engines.model_facts import longest, rope_of, text_config
 
 DEFAULT_LENGTH = 2048
+MOST_THREADS_A_CORE = 4
 CHANGES_WITH_LENGTH = ("dynamic", "longrope", "su")
 """Rotary scalings whose angles depend on the longest sequence of a batch, so that one answer would change another."""
 
@@ -82,4 +83,11 @@ def compute_dtype(settings: EngineSettings) -> Choice:
 
 def num_threads(settings: EngineSettings) -> int:
     """Return how many threads compute: as many as this process has cores, unless told."""
-    return settings.threads or usable_cores()
+    cores = usable_cores()
+    if settings.threads is not None and settings.threads > MOST_THREADS_A_CORE * cores:
+        raise ConfigError(
+            f"--threads {settings.threads}: this process has {cores} cores, and more threads only wait for each other",
+            code="engine.threads",
+            repair=f"use --threads {cores}, or leave it out",
+        )
+    return settings.threads or cores

