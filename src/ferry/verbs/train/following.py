@@ -50,6 +50,13 @@ class Follower:
             self._look()
         self._look()
 
+    def finish(self) -> None:
+        """End what is shown; a run that failed before its first step has shown nothing."""
+        with self._lock:
+            if self._started:
+                self._reporter.finish()
+            self._started = False
+
     def _begin(self, step: int) -> None:
         with self._lock:
             if self._started:

@@ -230,7 +230,7 @@ def _follow(job: Job, prepared: Prepared, data: PreparedData, reporter: Reporter
     finally:
         ended.set()
         thread.join()
-        reporter.finish()
+        follower.finish()
 
 
 def _finish(outcome: Outcome, job: Job, data: PreparedData, reporter: Reporter) -> Result:
