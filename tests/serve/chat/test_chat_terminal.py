@@ -188,6 +188,7 @@ def test_mistakes_in_a_conversation_do_not_end_it(server: ForeignServer) -> None
         terminal.see("not today [chat.unavailable]")
         terminal.see("> ")
         terminal.interrupt("Ctrl-D leaves")
+        terminal.see("> ")
         terminal.type("\x04")
         assert terminal.end() == 0
 

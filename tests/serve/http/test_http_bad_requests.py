@@ -41,6 +41,8 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT, talk(messages=[{"role": "user", "content": "a" * 30_000}]), 400, "messages", "at least 2,3"),
     (COMPLETIONS, text(prompt="a" * 21_000), 400, "prompt", "21,000 tokens"),
     (COMPLETIONS, text(prompt=["a"] * 200, n=2), 400, "prompt", "400 answers, more than the 256"),
+    (CHAT, talk(web_search_options={}), 400, "web_search_options", "not done"),
+    (COMPLETIONS, text(guided_choice=["a", "b"], min_tokens=4), 400, "min_tokens", "ends where it is whole"),
     (COMPLETIONS, text(suffix="."), 400, "suffix", "not done"),
     (CHAT, talk(chat_template="{{ messages }}"), 400, "chat_template", "--chat-template FILE"),
     # lengths

@@ -30,7 +30,7 @@ def opened(server: Server, *, receive_bytes: int | None = None) -> socket.socket
 def request_bytes(body: object) -> bytes:
     """Return a request as it is on the wire."""
     content = json.dumps(body).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}"
     return head.encode() + b"\r\n\r\n" + content
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ferry.core.errors import did_you_mean
 from ferry.guided.request import FIELDS as CONSTRAINT_FIELDS
+from ferry.guided.request import Constraint
 from ferry.verbs.serve.http.errors import ApiError, wrong
 
 MAX_LOGPROBS = 20
@@ -140,7 +141,8 @@ Body = TypeVar("Body", bound=Asking)
 def understand(kind: type[Body], given: Mapping[str, Any]) -> Body:
     """Return the body of a request, or the error that names its first wrong field."""
     for name, repair in NOT_DONE.items():
-        if name not in kind.model_fields and given.get(name) not in (None, False, "", [], {}):
+        # Empty objects and lists may be a request as well: `"web_search_options": {}` asks for a search.
+        if name not in kind.model_fields and given.get(name) not in (None, False, ""):
             raise wrong(name, f"{name} is not done by this server", code="request.unsupported", repair=repair)
     # A null is a field that was left out, as clients write it.
     said = {name: value for name, value in given.items() if value is not None}
@@ -155,6 +157,16 @@ def understand(kind: type[Body], given: Mapping[str, Any]) -> Body:
     if body.stream and body.prompt_logprobs is not None:
         raise wrong("prompt_logprobs", "prompt_logprobs are not streamed", repair="set stream to false")
     return body
+
+
+def check_length(body: Asking, constraint: Constraint | None) -> None:
+    """Refuse a shortest length beside a constraint: an answer under one ends where it is whole."""
+    if constraint is not None and body.min_tokens:
+        raise wrong(
+            "min_tokens",
+            f"min_tokens={body.min_tokens} stands beside {constraint.field}, and such an answer ends where it is whole",
+            repair="leave it out; say minLength or minItems in the schema",
+        )
 
 
 def warnings_of(body: Asking) -> list[str]:

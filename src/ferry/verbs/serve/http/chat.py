@@ -13,7 +13,7 @@ from ferry.engines.request import Request
 from ferry.guided.request import constraint_of
 from ferry.verbs.serve.http import logprobs as shown
 from ferry.verbs.serve.http.answering import Asked, Piece
-from ferry.verbs.serve.http.bodies import ChatBody, understand, warnings_of
+from ferry.verbs.serve.http.bodies import ChatBody, check_length, understand, warnings_of
 from ferry.verbs.serve.http.completions import asked_of
 from ferry.verbs.serve.http.conversation import prompt_of
 from ferry.verbs.serve.http.errors import wrong
@@ -65,6 +65,7 @@ async def understood(served: Served, given: JsonObject) -> Job:
     """Return what a body asks for, or the error in it."""
     body = understand(ChatBody, given)
     constraint = constraint_of(given)
+    check_length(body, constraint)
     name = served.name_of(body.model)
     if body.top_logprobs is not None and not body.logprobs:
         raise wrong("top_logprobs", "top_logprobs is given without logprobs", repair="set logprobs to true")

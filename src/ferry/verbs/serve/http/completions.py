@@ -14,7 +14,13 @@ from ferry.guided.compiling import Compiled
 from ferry.guided.request import constraint_of
 from ferry.verbs.serve.http import logprobs as shown
 from ferry.verbs.serve.http.answering import Asked, Piece, Token
-from ferry.verbs.serve.http.bodies import MAX_ANSWERS, CompletionBody, understand, warnings_of
+from ferry.verbs.serve.http.bodies import (
+    MAX_ANSWERS,
+    CompletionBody,
+    check_length,
+    understand,
+    warnings_of,
+)
 from ferry.verbs.serve.http.errors import wrong
 from ferry.verbs.serve.http.events import answer_json, while_connected
 from ferry.verbs.serve.http.gathering import Usage, Whole, gather, guided_json, head_of, warned
@@ -61,6 +67,7 @@ async def understood(served: Served, given: JsonObject) -> Job:
     """Return what a body asks for, or the error in it."""
     body = understand(CompletionBody, given)
     constraint = constraint_of(given)
+    check_length(body, constraint)
     name = served.name_of(body.model)
     is_only_echo = body.echo and body.max_tokens == 0
     if body.max_tokens == 0 and not is_only_echo:
