@@ -22,6 +22,8 @@ from ferry.verbs.serve.http.served import Served
 from ferry.verbs.serve.page.files import HEADERS, PageFile, page_files
 
 Handler = Callable[[Served, Request], Awaitable[Response]]
+SHOWN_PATH = 200
+"""Characters of an unknown path that its refusal repeats."""
 
 ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/completions", completions),
@@ -74,8 +76,8 @@ async def _unrouted(request: Request, error: Any) -> Response:
     """Answer for a path or method that is not there, in the one shape."""
     method, path = request.method, request.url.path
     if error.status_code == 404:
-        known = ", ".join(path for _, path, _ in ROUTES if path.startswith("/v1"))
-        found = ApiError(404, f"there is no {path}", code="request.path", repair=f"known: {known}")
+        known = ", ".join(route.replace("{name:path}", "NAME") for _, route, _ in ROUTES)
+        found = ApiError(404, f"there is no {path[:SHOWN_PATH]}", code="request.path", repair=f"known: {known}")
     elif error.status_code == 405:
         found = ApiError(405, f"{path} does not take {method}", code="request.method", headers=error.headers)
     else:
