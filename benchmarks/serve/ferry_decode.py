@@ -1,6 +1,6 @@
 """Ferry's native engine in this process: prompts as tokens in a JSON file, so many at once; CPU seconds out.
 
-    python benchmarks/serve/ferry_decode.py MODEL PROMPTS.json --batch 1 8 32 --new 64 [--quantization w8a8] [--guided]
+    python benchmarks/serve/ferry_decode.py MODEL PROMPTS.json --batch 1 8 32 --new 64 [--quantization w8a8]
 
 A run with one new token is the prefill; what a run with all of them takes longer is the decoding.
 """
@@ -47,19 +47,17 @@ def main() -> None:
     words.add_argument("--new", type=int, default=64)
     words.add_argument("--quantization", default="")
     words.add_argument("--threads", type=int, default=1)
-    words.add_argument("--guided", action="store_true")
     given = words.parse_args()
     prompts = json.loads(given.prompts.read_text(encoding="utf-8"))
     settings = EngineSettings(
         given.model, quantization=given.quantization, threads=given.threads, prefix_caching=False, max_model_len=2048
     )
     engine = NativeEngine(settings)
-    grammar = grammar_of_schema() if given.guided else ""
 
     def run(batch: int, new: int) -> tuple[float, int]:
         for i in range(batch):
             prompt = tuple(prompts[i % len(prompts)])
-            engine.add(Request(f"{batch}-{new}-{i}", prompt, Sampling(max_tokens=new, temperature=0.0), grammar))
+            engine.add(Request(f"{batch}-{new}-{i}", prompt, Sampling(max_tokens=new, temperature=0.0)))
         started, made = time.process_time(), 0
         while engine.has_work:
             made += sum(len(output.token_ids) for output in engine.step())

@@ -48,6 +48,11 @@ class Chooser:
         is_greedy = sampling.temperature < COLD
         if not self._is_changed and is_greedy and (guide is None or guide.allows(likeliest)):
             return likeliest
+        if not self._is_changed and is_greedy and guide is not None:
+            allowed = guide.likeliest(row_V)
+            if allowed is None:
+                raise Stuck
+            return allowed
         best, values_V = likeliest, row_V
         if self._is_changed or guide is not None:
             best, values_V = self._change(row_V, num_answer, scratch_V), scratch_V

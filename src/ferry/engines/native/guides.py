@@ -55,6 +55,15 @@ class Guide:
             return token in self._ends and self._matcher.may_end
         return self._matcher.allows(token)
 
+    def likeliest(self, row_V: Float32) -> int | None:
+        """Return the likeliest of the tokens that may come next, None where there is none; the row stays as it is."""
+        allowed_V = np.unpackbits(self._matcher.mask().view(np.uint8), bitorder="little")[: len(row_V)]
+        allowed_V[self._no_text] = 0
+        if self._ends and self._matcher.may_end:
+            allowed_V[self._ends] = 1
+        ids = np.flatnonzero(allowed_V)
+        return int(ids[row_V[ids].argmax()]) if len(ids) else None
+
     def limit(self, row_V: Float32) -> None:
         """Make the logits of all tokens that may not come next -inf. Raise Refusal where it grows too large."""
         row_of_ends = row_V[self._ends]
