@@ -22,7 +22,7 @@ NAMES = ("avx2", "plain")
 def library(request: pytest.FixtureRequest) -> Library:
     # A machine without AVX2 has no such library to test; one without any compiler fails here, as it should.
     if request.param == "avx2" and not kernels.NEEDED["avx2"] <= cpu_features():
-        pytest.skip("this processor has no AVX2")
+        pytest.skip("this processor has no AVX2: run it on an x86 machine of 2013 or later, as CI is")
     found = kernels.open_library(request.param)
     assert found is not None, f"the kernels for {request.param} were not built: is there a C++ compiler?"
     return found
